@@ -1,0 +1,997 @@
+"""What the five scripts share: config, data, networks, schedules and solvers, JVP, and the run's mechanics.
+
+One convention for every network and every teacher, TrigFlow's (sCM, Sec. 3):
+
+    F = net(x, t, y)     x = x_t / sigma_d  (B, ...)   unit variance
+                         t                  (B,)       angle in radians, 0 = data, pi/2 = noise
+                         y                  (B,)       int64 class labels, -1 = no label; or None
+    x_t = cos(t) x_0 + sin(t) z,  z ~ N(0, sigma_d^2 I)       F predicts (cos(t) z - sin(t) x_0) / sigma_d
+
+The other processes are the same curve in other coordinates (`to_trigflow`), so a teacher is anything with
+this signature: a checkpoint of ours, or the exact one of a Gaussian mixture (`RingTeacher`).
+"""
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import re
+import sys
+import tarfile
+import time
+import typing
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as tnf
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from tqdm import tqdm
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+
+
+def fail(message):
+    """End the program with one line on stderr and exit code 2: for every error that a user can cause."""
+    if RANK == 0 or dist.is_initialized():  # before the process group exists all ranks find the same error
+        tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. config
+# ------------------------------------------------------------------------------------------------------------
+
+NET_FIELDS = ("image_size", "conditional", "channels", "channel_mult", "blocks", "attention",
+              "emb", "emb_scale", "c_noise", "double_norm")
+
+
+def parse_args(Config, presets, modes, argv=None):
+    """Command line -> Config. Later wins: defaults, presets[dataset], presets[dataset, mode], the network of
+    --init or --teacher, the stored run (--resume, --sample), flags. Ends the program on anything unknown."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    comment = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    script = Path(inspect.getfile(Config)).stem
+    parser = argparse.ArgumentParser(script + ".py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                                     description="modes: " + ", ".join(modes))
+    parser.error = fail
+    for name, field in fields.items():
+        default = ",".join(map(str, field.default)) if field.type is tuple else field.default
+        choices = typing.get_args(field.type) or None
+        parser.add_argument("--" + name, choices=choices, metavar=name.upper(),
+                            help=f"{comment[name]} [{default}]".replace("%", "%%"),
+                            type=str if choices else {bool: _bool, tuple: _ints}.get(field.type, field.type),
+                            **(dict(nargs="?", const=True) if field.type is bool else {}))
+    flags, unknown = parser.parse_known_args(argv)
+    flags = vars(flags)
+    if unknown:
+        fail(f"unknown argument {unknown[0]}; the flags are --{', --'.join(fields)}")
+    flags.setdefault("out", f"out/{script}")
+
+    stored = {}
+    if flags.get("resume") or flags.get("sample"):
+        ckpt = read_checkpoint(flags["out"])
+        if ckpt["script"] != script:
+            fail(f"{flags['out']} was written by {ckpt['script']}.py: run that script with it")
+        stored = ckpt["config"]
+    choice = {name: (stored | flags).get(name, fields[name].default) for name in ("dataset", "mode")}
+    for name, valid in (("dataset", [d for d in presets if isinstance(d, str)]), ("mode", list(modes))):
+        if choice[name] not in valid:
+            fail(f"unknown {name} {choice[name]!r}; the {name}s are {', '.join(valid)}")
+    values = presets[choice["dataset"]] | presets.get((choice["dataset"], choice["mode"]), {})
+    source = init_path(values | flags)
+    if source and not stored:
+        values |= {k: v for k, v in read_checkpoint(source)["config"].items() if k in NET_FIELDS}
+    cfg = Config(**{k: v for k, v in (values | stored | flags).items() if k in fields})
+    for name in ("steps", "batch", "nfe", "log_every", "save_every", "sample_every"):
+        if getattr(cfg, name) < 1:
+            fail(f"--{name} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.batch % (WORLD * (cfg.micro or 1)):
+        fail(f"--batch {cfg.batch} must be a multiple of processes x --micro, {WORLD} x {cfg.micro or 1}")
+    if cfg.save and Path(cfg.save).suffix not in (".png", ".npz"):
+        fail(f"--save takes a .png or a .npz file, not {cfg.save}")
+    return cfg
+
+
+def _bool(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def _ints(text):
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def init_path(values):
+    """The run that the network starts from: --init, else a teacher that is a run ('' if neither)."""
+    path = values.get("init") or values.get("teacher") or ""
+    return "" if path in ("none", "exact") else path
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. data
+# ------------------------------------------------------------------------------------------------------------
+
+class Draw:
+    """Random numbers as a function of (seed, step, position in the global batch).
+
+    Rows lo..hi come from blocks of 64 positions with a generator each, so a resumed run, another number of
+    processes or another micro-batch size sees the numbers that the unbroken single process would.
+    """
+    BLOCK = 64
+
+    def __init__(self, seed, step, lo, hi, device="cpu"):
+        first, last = lo // self.BLOCK, (hi - 1) // self.BLOCK
+        self.rows = slice(lo - first * self.BLOCK, hi - first * self.BLOCK)
+        self.device, self.dropout_seed = device, self._mix(seed, step, lo, 1)
+        self.generators = [torch.Generator(device).manual_seed(self._mix(seed, step, block, 0))
+                           for block in range(first, last + 1)]
+
+    @staticmethod
+    def _mix(*numbers):
+        return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+    def _draw(self, function, *shape, **kw):
+        rows = [function(*shape, generator=g, device=self.device, **kw) for g in self.generators]
+        return torch.cat(rows)[self.rows]
+
+    def normal(self, *shape, dtype=torch.float32):
+        """Standard normal, (B, *shape)."""
+        return self._draw(torch.randn, self.BLOCK, *shape, dtype=dtype)
+
+    def uniform(self):
+        """Uniform on [0, 1), (B,) float64."""
+        return self._draw(torch.rand, self.BLOCK, dtype=torch.float64)
+
+    def index(self, high):
+        """Integers in 0..high-1, (B,) int64."""
+        return self._draw(torch.randint, high, (self.BLOCK,))
+
+    def same_dropout(self):
+        """Call before each pass that must use this step's dropout masks."""
+        torch.manual_seed(self.dropout_seed)
+
+
+def dataset(cfg):
+    """The dataset that cfg names: an object with shape, classes, batch(gen) and to_uint8(x)."""
+    if cfg.dataset == "gmm":
+        return Ring(cfg)
+    builder = {"shapes": draw_shapes, "folder": read_folder, "cifar10": read_cifar10}[cfg.dataset]
+    return Images(cfg, *builder(cfg))
+
+
+class Ring:
+    """Eight Gaussians on a ring in 2-D, class = component, every coordinate of standard deviation sigma_d."""
+    shape, classes, std = (2,), 8, 0.1  # std of a component in units of sigma_d
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        angle = torch.arange(8, dtype=torch.float64) * math.pi / 4
+        radius = math.sqrt(2 * (1 - self.std**2)) * cfg.sigma_d
+        self.mean = radius * torch.stack([angle.cos(), angle.sin()], dim=1)  # (8, 2)
+
+    def batch(self, gen):
+        """x0 (B, 2) float32; y (B,) int64, or None unless cfg.conditional."""
+        y = gen.index(self.classes)
+        x0 = self.mean.to(y.device)[y].float() + self.std * self.cfg.sigma_d * gen.normal(2)
+        return x0, _labels(y, self.cfg, gen)
+
+
+class RingTeacher(nn.Module):
+    """The exact F of the ring, E[cos(t) z - sin(t) x_0 | x_t] / sigma_d, in closed form; any float dtype."""
+
+    def __init__(self, ring):
+        super().__init__()
+        self.sigma_d, self.std = ring.cfg.sigma_d, ring.std * ring.cfg.sigma_d
+        self.register_buffer("mean", ring.mean)  # (8, 2)
+
+    def forward(self, x, t, y=None, s=None):
+        mean, x_t = self.mean.to(x.dtype), x * self.sigma_d
+        cos, sin = t.to(x.dtype).cos()[:, None, None], t.to(x.dtype).sin()[:, None, None]
+        variance = (cos * self.std)**2 + (sin * self.sigma_d)**2     # of x_t within a component
+        delta = x_t[:, None] - cos * mean                            # (B, 8, 2)
+        logits = -(delta**2).sum(2) / (2 * variance[:, :, 0])
+        if y is not None:                                            # y = -1 keeps all components
+            other = torch.arange(len(mean), device=x.device) != y[:, None]
+            logits = logits.masked_fill(other & (y >= 0)[:, None], -math.inf)
+        x_0 = mean + cos * self.std**2 / variance * delta            # posterior means, one a component
+        z = sin * self.sigma_d**2 / variance * delta
+        return (logits.softmax(1)[:, :, None] * (cos * z - sin * x_0)).sum(1) / self.sigma_d
+
+
+class Images:
+    """Square RGB images held as uint8 (N, 3, H, W), in memory or memory-mapped; x0 = pixels / 127.5 - 1."""
+
+    def __init__(self, cfg, images, labels):
+        self.cfg, self.images = cfg, images
+        self.shape, self.classes = tuple(images.shape[1:]), int(labels.max()) + 1
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)
+        halvings = 2 ** (len(cfg.channel_mult) - 1)
+        if self.shape[1] % halvings:
+            fail(f"images of {self.shape[1]} pixels cannot be halved {len(cfg.channel_mult) - 1} times "
+                 f"(--channel_mult): --image_size must be a multiple of {halvings}")
+        if cfg.conditional and self.classes < 2:
+            fail(f"--conditional needs labels, and {cfg.data or cfg.dataset} has none")
+
+    def batch(self, gen):
+        """x0 (B, 3, H, W) float32; y (B,) int64, or None unless cfg.conditional."""
+        index = gen.index(len(self.images)).cpu()
+        pixels = torch.from_numpy(np.ascontiguousarray(self.images[index.numpy()])).to(gen.device)
+        return pixels.float() / 127.5 - 1, _labels(self.labels[index].to(gen.device), self.cfg, gen)
+
+    @staticmethod
+    def to_uint8(x):
+        """(B, 3, H, W) in [-1, 1] -> uint8, rounded."""
+        return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def _labels(y, cfg, gen):
+    if not cfg.conditional:
+        return None
+    return torch.where(gen.uniform() < cfg.label_dropout, -1, y)
+
+
+def draw_shapes(cfg, count=8000):
+    """Disc, triangle, square or pentagon, warm or cold (8 classes), drawn by Pillow at 4x and reduced."""
+    size, rng = cfg.image_size or 16, np.random.default_rng(0)
+    images, labels = np.empty((count, 3, size, size), np.uint8), rng.integers(8, size=count)
+    for i, label in enumerate(labels):
+        x, y, r = np.array([*rng.uniform(0.35, 0.65, 2), rng.uniform(0.15, 0.3)]) * 4 * size
+        hue = rng.integers(0, 35) if label < 4 else rng.integers(120, 180)
+        picture = Image.new("HSV", (4 * size, 4 * size), (0, 0, int(rng.integers(15, 60))))
+        pen, ink = ImageDraw.Draw(picture), (int(hue), 220, int(rng.integers(160, 256)))
+        if label % 4 == 0:
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=ink)
+        else:
+            pen.regular_polygon((x, y, r), n_sides=int(label % 4) + 2, fill=ink)
+        images[i] = np.asarray(picture.convert("RGB").resize((size, size), Image.BOX)).transpose(2, 0, 1)
+    return images, labels
+
+
+def read_folder(cfg):
+    """--data: class subfolders of images (torchvision's ImageFolder), or an EDM-style zip with dataset.json."""
+    root = Path(cfg.data or fail("--dataset folder needs --data PATH, a folder with class subfolders or a zip"))
+    if root.is_dir():
+        names = sorted(str(p.relative_to(root)) for p in root.rglob("*")
+                       if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"))
+        classes = sorted({Path(n).parts[0] for n in names if len(Path(n).parts) > 1})
+        labels = [classes.index(Path(n).parts[0]) if len(Path(n).parts) > 1 else 0 for n in names]
+        archive = None
+    elif zipfile.is_zipfile(root):
+        archive = zipfile.ZipFile(root)
+        names = sorted(n for n in archive.namelist() if n.lower().endswith((".png", ".jpg", ".jpeg")))
+        table = json.loads(archive.read("dataset.json")) if "dataset.json" in archive.namelist() else {}
+        table = dict(table.get("labels") or {})
+        labels = [int(table.get(n, 0)) for n in names]
+    else:
+        fail(f"--data {root}: neither a folder nor a zip file")
+    if not names:
+        fail(f"--data {root}: no images (.png, .jpg, .jpeg, .bmp, .webp) in it")
+
+    def decode(name):
+        file = io.BytesIO(archive.read(name)) if archive else root / name
+        try:
+            image = Image.open(file).convert("RGB")
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            fail(f"cannot read the image {root / name}: {error}")
+        image = centre_crop(image, cfg.image_size) if cfg.image_size else image
+        return np.asarray(image).transpose(2, 0, 1)  # (3, H, W)
+
+    # Decoded once and memory-mapped afterwards: training reads rows of one array, whatever the source.
+    stat = root.stat()
+    key = repr((str(root.resolve()), stat.st_mtime_ns, names, cfg.image_size)).encode()
+    cache = Path("data/cache", f"{root.stem}-{cfg.image_size}-{hashlib.sha1(key).hexdigest()[:16]}.npy")
+    if not cache.exists() and RANK == 0:
+        first = decode(names[0])
+        if first.shape[1] != first.shape[2]:
+            fail(f"{names[0]} is {first.shape[2]}x{first.shape[1]}, not square: give --image_size to crop and resize")
+        array = np.empty((len(names), *first.shape), np.uint8)
+        for i, name in enumerate(tqdm(names, desc="decode", unit="img", leave=False, disable=None)):
+            image = decode(name)
+            if image.shape != first.shape:
+                fail(f"{name} and {names[0]} differ in size: give --image_size to crop and resize")
+            array[i] = image
+        atomic_write(cache, lambda file: np.save(file, array))
+    barrier()
+    return np.load(cache, mmap_mode="r"), np.array(labels)
+
+
+def centre_crop(image, size):
+    """ADM's crop: box-halve while at least twice too large, bicubic to the shorter side, cut the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def read_cifar10(cfg):
+    """CIFAR-10's official binary archive (--data, or downloaded and checked): the 50,000 training images."""
+    url, md5 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
+    path = Path(cfg.data or "data/cifar-10-binary.tar.gz")
+    if not cfg.data and not path.exists() and RANK == 0:
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response:
+                blob = response.read()
+        except OSError as error:
+            fail(f"cannot download {url} ({error}): fetch it yourself and give it with --data FILE")
+        if hashlib.md5(blob).hexdigest() != md5:
+            fail(f"{url} arrived damaged (its MD5 is not {md5}): try again")
+        atomic_write(path, lambda file: file.write(blob))
+    barrier()
+    try:
+        with tarfile.open(path) as archive:  # only read, never unpacked
+            files = sorted(n for n in archive.getnames() if re.search(r"data_batch_\d\.bin$", n))
+            rows = np.concatenate([np.frombuffer(archive.extractfile(n).read(), np.uint8) for n in files])
+            rows = rows.reshape(-1, 1 + 3 * 32 * 32)  # label, then R, G, B planes
+    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+        fail(f"{path} is not CIFAR-10's binary archive, cifar-10-binary.tar.gz ({error})")
+    images = rows[:, 1:].reshape(-1, 3, 32, 32)
+    if cfg.image_size not in (0, 32):
+        pictures = (Image.fromarray(image.transpose(1, 2, 0)) for image in images)
+        images = np.stack([np.asarray(centre_crop(p, cfg.image_size)).transpose(2, 0, 1) for p in pictures])
+    return images, rows[:, 0].astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. networks: a small MLP, and EDM2's magnitude-preserving U-Net (Karras et al. 2024) written anew
+# ------------------------------------------------------------------------------------------------------------
+
+def pnorm(x, dim=1, eps=1e-4):
+    """Pixel normalization: unit root mean square along dim (EDM2, Eq. 30); the norm is taken in float32 or more."""
+    size = math.prod(x.shape[d] for d in ([dim] if isinstance(dim, int) else dim))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide) / math.sqrt(size)
+    return x * (1 / (eps + norm)).to(x.dtype)
+
+
+SILU = 1 / 0.596  # gain that restores unit variance after a SiLU (EDM2, Eq. 81), given to the layer that follows
+
+
+def mp_sum(a, b, t):
+    """Blend of two unit-variance tensors at unit variance (EDM2, Eq. 88)."""
+    norm = math.hypot(1 - t, t)
+    return torch.add(a * ((1 - t) / norm), b, alpha=t / norm)
+
+
+def mp_cat(a, b):
+    """Concatenation of channels in which both halves weigh the same (EDM2, Eq. 103, t = 1/2)."""
+    na, nb = a.shape[1], b.shape[1]
+    return torch.cat([a * math.sqrt((na + nb) / (2 * na)), b * math.sqrt((na + nb) / (2 * nb))], dim=1)
+
+
+class MPConv(nn.Module):
+    """Convolution, or linear layer if kernel is None, whose weights have unit norm (EDM2, Eq. 47 and 66)."""
+
+    def __init__(self, cin, cout, kernel=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(cout, cin, *([kernel, kernel] if kernel else [])))
+
+    def forward(self, x, gain=1.0):
+        dims = tuple(range(1, self.weight.ndim))
+        weight = pnorm(self.weight, dims) * (gain / math.sqrt(self.weight[0].numel()))
+        weight = weight.to(x.dtype)
+        return x @ weight.t() if weight.ndim == 2 else tnf.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+@torch.no_grad()
+def normalize_weights(net):
+    """EDM2's forced weight normalization, once after each optimizer step (not inside a pass: passes stay pure)."""
+    for module in net.modules():
+        if isinstance(module, MPConv):
+            module.weight.copy_(pnorm(module.weight, tuple(range(1, module.weight.ndim))))
+
+
+def dropout(x, p, training):
+    """Dropout whose mask is drawn from the global generator alike with and without a JVP (Draw.same_dropout)."""
+    return x * (torch.rand(x.shape, device=x.device) >= p).to(x.dtype) / (1 - p) if training and p else x
+
+
+class Embedding(nn.Module):
+    """Scalar -> features of unit variance, (B,) -> (B, dim), at the dtype of the network's parameters.
+
+    kind 'positional': sin and cos at geometric frequencies scale ... scale/10000; 'fourier': random frequencies of
+    standard deviation 2 pi scale (EDM2: scale 1). sCM (Sec. 4.1) finds large scales unstable.
+    """
+
+    def __init__(self, kind, dim, scale=1.0):
+        super().__init__()
+        steps = torch.arange(dim // 2) / max(dim // 2 - 1, 1)
+        positional = kind == "positional"
+        freq = scale * 1e-4 ** steps.repeat(2) if positional else 2 * math.pi * scale * torch.randn(dim)
+        phase = torch.arange(2).repeat_interleave(dim // 2) * math.pi / 2 if positional else 2 * math.pi * torch.rand(dim)
+        self.register_buffer("freq", freq)
+        self.register_buffer("phase", phase)
+
+    def forward(self, c):
+        return math.sqrt(2) * torch.cos(c.to(self.freq.dtype)[:, None] * self.freq - self.phase)
+
+
+class Conditioning(nn.Module):
+    """Time t, label y and guidance scale s -> one embedding (B, dim); and the weighting head w(t) (B,).
+
+    c_noise 't': the angle itself (sCM, Sec. 4.1); 'log': log(sigma)/4 with sigma = sigma_d tan t, as in EDM.
+    """
+
+    def __init__(self, dim, noise_dim, classes, sigma_d, emb, emb_scale, c_noise, guidance, head):
+        super().__init__()
+        self.sigma_d, self.c_noise, self.classes = sigma_d, c_noise, classes
+        self.embed, self.linear = Embedding(emb, noise_dim, emb_scale), MPConv(noise_dim, dim)
+        self.label = MPConv(classes, dim) if classes else None
+        if guidance:
+            self.guidance, self.guidance_linear = Embedding("positional", noise_dim, 10.0), MPConv(noise_dim, dim)
+            self.guidance_gain = nn.Parameter(torch.zeros([]))  # 0: a net that starts from a teacher ignores s
+        if head:
+            self.head_embed, self.head_linear = Embedding("fourier", 128), MPConv(128, 1)
+            self.head_gain = nn.Parameter(torch.zeros([]))      # 0: w(t) = 0 at the start
+
+    def log_sigma(self, t):
+        return torch.log(self.sigma_d * torch.tan(t.clamp(1e-4, math.pi / 2 - 1e-4))) / 4
+
+    def forward(self, t, y, s):
+        emb = self.linear(self.embed(t if self.c_noise == "t" else self.log_sigma(t)))
+        if self.label is not None:
+            y = torch.full_like(t, -1, dtype=torch.int64) if y is None else y
+            onehot = tnf.one_hot(y + 1, self.classes + 1)[:, 1:].to(emb.dtype)  # y = -1: all zeros
+            emb = mp_sum(emb, self.label(onehot * math.sqrt(self.classes)), 0.5)
+        if s is not None:
+            emb = emb + self.guidance_linear(self.guidance(s)) * self.guidance_gain
+        return tnf.silu(emb) * SILU
+
+    def weight(self, t):
+        if not hasattr(self, "head_linear"):
+            return torch.zeros_like(t, dtype=self.embed.freq.dtype)
+        return self.head_linear(self.head_embed(self.log_sigma(t)), self.head_gain)[:, 0]
+
+
+class Modulation(nn.Module):
+    """The embedding acts on the channels of x (B, C, ...).
+
+    double_norm: norm(x) * pnorm(s(t)) + pnorm(b(t)), adaptive double normalization (sCM, Sec. 4.1), over sqrt(2)
+    so that EDM2's unit variance survives (# DEPARTS: the paper's formula has no such factor; its AdaGN nets need
+    none). Otherwise EDM2's own x * (1 + s(t)).
+    """
+
+    def __init__(self, dim, channels, double_norm):
+        super().__init__()
+        self.double_norm = double_norm
+        self.linear = MPConv(dim, channels * (2 if double_norm else 1))
+        if not double_norm:
+            self.gain = nn.Parameter(torch.zeros([]))
+
+    def forward(self, x, emb):
+        shape = (len(x), -1) + (1,) * (x.ndim - 2)
+        if not self.double_norm:
+            return x * (1 + self.linear(emb, self.gain)).view(shape).to(x.dtype)
+        scale, shift = (pnorm(v).view(shape).to(x.dtype) / math.sqrt(2) for v in self.linear(emb).chunk(2, dim=1))
+        return pnorm(x) * scale + shift
+
+
+class MLP(nn.Module):
+    """Residual MLP for vectors: F (B, D) = net(x (B, D), t (B,), y (B,)); s (B,) is the guidance scale.
+
+    With return_w it also returns the weighting head's w(t) (B,), as does UNet."""
+
+    def __init__(self, shape, classes=0, channels=128, blocks=4, sigma_d=0.5, emb="positional", emb_scale=10.0,
+                 c_noise="t", double_norm=True, guidance=False, head=True, **image_options):
+        super().__init__()
+        self.cond = Conditioning(channels, 64, classes, sigma_d, emb, emb_scale, c_noise, guidance, head)
+        self.double_norm, self.blocks = double_norm, blocks
+        self.first, self.last = nn.Linear(shape[0], channels), nn.Linear(channels, shape[0])
+        self.inner = nn.ModuleList(nn.Linear(channels, channels) for _ in range(blocks))
+        self.modulate = nn.Linear(channels, 2 * blocks * channels)
+        self.outer = nn.ModuleList(nn.Linear(channels, channels) for _ in range(blocks))
+
+    def forward(self, x, t, y=None, s=None, return_w=False):
+        emb = self.cond(t, y, s)
+        h = self.first(x.to(emb.dtype))
+        scale, shift = self.modulate(emb).view(len(x), 2, self.blocks, -1).unbind(1)       # (B, blocks, channels)
+        scale, shift = (pnorm(scale, 2), pnorm(shift, 2)) if self.double_norm else (1 + scale, shift)
+        for i, (inner, outer) in enumerate(zip(self.inner, self.outer)):
+            h = h + outer(tnf.silu(pnorm(inner(h)) * scale[:, i] + shift[:, i]))
+        F = self.last(h)
+        return (F, self.cond.weight(t)) if return_w else F
+
+
+class Block(nn.Module):
+    """EDM2's residual block (config G): encoder blocks normalize their input, decoder blocks do not."""
+
+    def __init__(self, cin, cout, dim, encoder, attention, resample="", dropout=0.0, double_norm=True):
+        super().__init__()
+        self.encoder, self.resample, self.dropout, self.heads = encoder, resample, dropout, max(cout // 64, 1)
+        self.skip = MPConv(cin, cout, 1) if cin != cout else None
+        self.conv0, self.conv1 = MPConv(cout if encoder else cin, cout, 3), MPConv(cout, cout, 3)
+        self.modulate = Modulation(dim, cout, double_norm)
+        if attention:
+            self.qkv, self.proj = MPConv(cout, 3 * cout, 1), MPConv(cout, cout, 1)
+
+    def forward(self, x, emb):
+        if self.resample == "down":
+            x = tnf.avg_pool2d(x, 2)
+        elif self.resample == "up":
+            x = tnf.interpolate(x, scale_factor=2, mode="nearest")
+        if self.encoder:
+            x = pnorm(self.skip(x) if self.skip else x)
+        y = self.modulate(self.conv0(tnf.silu(x), SILU), emb)
+        y = self.conv1(dropout(tnf.silu(y), self.dropout, self.training), SILU)
+        if not self.encoder and self.skip:
+            x = self.skip(x)
+        x = mp_sum(x, y, 0.3)
+        if hasattr(self, "qkv"):
+            b, c, height, width = x.shape
+            qkv = self.qkv(x).view(b, self.heads, c // self.heads, 3, height * width).transpose(2, 4)
+            q, k, v = pnorm(qkv, dim=4).unbind(3)                     # (B, heads, H W, channels)
+            x = mp_sum(x, self.proj(attention(q, k, v).transpose(2, 3).reshape(b, c, height, width)), 0.3)
+        return x.clamp(-256, 256) if x.dtype == torch.float16 else x
+
+
+class UNet(nn.Module):
+    """EDM2's U-Net: F (B, C, H, W) = net(x (B, C, H, W), t (B,), y (B,)); s (B,) is the guidance scale.
+
+    The torso runs in `dtype`; parameters, embeddings and the output are float32 (float64 after .double()).
+    attention lists the resolutions with self-attention; dropout acts at resolutions up to dropout_res.
+    """
+
+    def __init__(self, shape, classes=0, channels=64, channel_mult=(1, 2), blocks=2, attention=(8,), dropout=0.0,
+                 sigma_d=0.5, emb="positional", emb_scale=1.0, c_noise="t", double_norm=True, guidance=False,
+                 head=True, dropout_res=16, dtype="fp32"):
+        super().__init__()
+        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        widths, dim = [channels * m for m in channel_mult], channels * max(channel_mult)
+        self.cond = Conditioning(dim, channels, classes, sigma_d, emb, emb_scale, c_noise, guidance, head)
+
+        def block(cin, cout, res, encoder, attend=None, resample=""):
+            attend = res in attention if attend is None else attend
+            return Block(cin, cout, dim, encoder, attend, resample, dropout * (res <= dropout_res), double_norm)
+
+        res, width = shape[1], widths[0]
+        self.first = MPConv(shape[0] + 1, width, 3)                   # + a channel of ones, in place of biases
+        self.enc, skips = nn.ModuleList(), [width]
+        for level, next_width in enumerate(widths):
+            if level:
+                res //= 2
+                self.enc.append(block(width, width, res, True, False, "down"))
+                skips.append(width)
+            for _ in range(blocks):
+                self.enc.append(block(width, next_width, res, True))
+                width = next_width
+                skips.append(width)
+        self.mid = nn.ModuleList([block(width, width, res, False, True), block(width, width, res, False, False)])
+        self.dec = nn.ModuleList()
+        for level, next_width in reversed(list(enumerate(widths))):
+            for _ in range(blocks + 1):
+                self.dec.append(block(width + skips.pop(), next_width, res, False))
+                width = next_width
+            if level:
+                res *= 2
+                self.dec.append(block(width, width, res, False, False, "up"))
+        self.last, self.out_gain = MPConv(width, shape[0], 3), nn.Parameter(torch.zeros([]))
+
+    def forward(self, x, t, y=None, s=None, return_w=False):
+        emb = self.cond(t, y, s)
+        x = x.to(self.dtype or emb.dtype, memory_format=torch.channels_last)
+        x = self.first(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
+        skips = [x]
+        for block in self.enc:
+            x = block(x, emb)
+            skips.append(x)
+        for block in self.mid:
+            x = block(x, emb)
+        for block in self.dec:
+            x = block(x if block.resample else mp_cat(x, skips.pop()), emb)
+        F = self.last(x, self.out_gain).to(emb.dtype)
+        return (F, self.cond.weight(t)) if return_w else F
+
+
+def network(cfg, data, **options):
+    """The network for this config and dataset; its constructor's arguments stay with it as net.options."""
+    options = dict(shape=data.shape, classes=data.classes if cfg.conditional else 0, dropout=cfg.dropout,
+                   dtype=cfg.dtype, sigma_d=cfg.sigma_d) | {
+        k: getattr(cfg, k) for k in NET_FIELDS if k not in ("image_size", "conditional")} | options
+    return build(options, cfg.seed)
+
+
+def build(options, seed=0):
+    """Network from its constructor's arguments; the weights depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = (MLP if len(options["shape"]) == 1 else UNet)(**options)
+    net.options = options
+    return net
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. schedules and solvers
+# ------------------------------------------------------------------------------------------------------------
+
+def karras(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """n noise levels, descending, (n,) float64 (EDM, Eq. 5)."""
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+
+
+def to_trigflow(x, alpha, sigma, sigma_d):
+    """x = alpha x_0 + sigma eps, eps ~ N(0, I) -> (x_t, t). EDM: alpha = 1; VP: alpha^2 + sigma^2 = 1 (sCM, App. B).
+
+    alpha, sigma: (B,). Nothing is divided by alpha, which vanishes at the noisy end of VP."""
+    scale = sigma_d / torch.sqrt((alpha * sigma_d) ** 2 + sigma ** 2)
+    return like(scale, x) * x, torch.atan2(sigma, alpha * sigma_d)
+
+
+def like(v, x):
+    """(B,) -> (B, 1, ...) with x's dtype and number of axes, to multiply x."""
+    return v.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def solve(net, x, times, y=None, sigma_d=0.5, solver="heun"):
+    """Integrate the PF-ODE dx/dt = sigma_d F(x / sigma_d, t) (sCM, Eq. 3) along descending angles `times` (n,).
+
+    x (B, ...) is the state at times[0]; the result is the state at times[-1].
+    euler: Eq. 3 as it stands, order 1. ddim: exact while the predicted x_0 stays put, order 1; equals EDM's Euler.
+    heun: EDM's sampler = DPM-Solver-2S with the intermediate point at the end of the step, order 2, two network
+    calls a step; the step to t = 0 is a ddim step.
+    """
+    def F(x, t):
+        return sigma_d * net(x / sigma_d, t.expand(len(x)), y).to(x.dtype)
+
+    for t, s in zip(times[:-1].to(x.device), times[1:].to(x.device)):  # from t down to s
+        v_t = F(x, t)
+        if solver == "euler":
+            x = x + (s - t) * v_t
+            continue
+        x_s = torch.cos(t - s) * x - torch.sin(t - s) * v_t
+        if solver == "heun" and s > 0:
+            z_t, z_s = torch.sin(t) * x + torch.cos(t) * v_t, torch.sin(s) * x_s + torch.cos(s) * F(x_s, s)
+            x_s = x_s + torch.sin(s - t) / (2 * torch.cos(t)) * (z_s - z_t)
+        x = x_s
+    return x
+
+
+def ode_times(n, sigma_d):
+    """n + 1 angles from arctan(80 / sigma_d) to 0 on EDM's grid, (n + 1,) float64."""
+    return torch.cat([torch.atan(karras(n) / sigma_d), torch.zeros(1, dtype=torch.float64)])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. JVP
+# ------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def jvp(net, primals, tangents):
+    """(net(*primals), directional derivative along tangents) in one pass, without a graph. Pass the bare module:
+    function transforms do not cross DistributedDataParallel."""
+    return torch.func.jvp(net, primals, tangents)
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(c)) v for (B, heads, N, c), written out: PyTorch's fused kernels have no forward-mode
+    derivative."""
+    return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1) @ v
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. run: processes, optimizer, EMA, checkpoints, log, pictures, metrics
+# ------------------------------------------------------------------------------------------------------------
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def atomic_write(path, write):
+    """Call write(file) on a temporary file and move it into place: the old file stays whole until the new one is."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error}; what was there before is untouched")
+
+
+def read_checkpoint(path):
+    """The dict in a run folder's ckpt.pt, or in a file. Loads tensors and plain values only, never code."""
+    path = Path(path) / "ckpt.pt" if Path(path).is_dir() or not Path(path).suffix else Path(path)
+    if not path.exists():
+        fail(f"no checkpoint at {path}")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds, by where the damage is
+        fail(f"{path} is truncated, or no checkpoint ({str(error).splitlines()[0][:100]})")
+    if not isinstance(ckpt, dict) or not {"script", "config", "options", "net", "ema"} <= ckpt.keys():
+        fail(f"{path} was not written by one of these scripts")
+    return ckpt
+
+
+def load_net(path, data=None):
+    """EMA network of a run, frozen, in eval mode; ends the program if its data's shape or classes do not fit."""
+    ckpt = read_checkpoint(path)
+    options = ckpt["options"]
+    if data and tuple(options["shape"]) != data.shape:
+        fail(f"{path} is a network for data of shape {tuple(options['shape'])}; this dataset has {data.shape}")
+    if data and options["classes"] not in (0, data.classes):
+        fail(f"{path} is a network for {options['classes']} classes; this dataset has {data.classes}")
+    net = build(options)
+    net.load_state_dict(ckpt["ema"])
+    return net.eval().requires_grad_(False)
+
+
+def load_teacher(cfg, data, device):
+    """--teacher: 'exact' (gmm only), a run folder or a checkpoint file; None if there is none."""
+    if cfg.teacher == "exact" and cfg.dataset != "gmm":
+        fail(f"--teacher exact knows only --dataset gmm, not {cfg.dataset}: give a run folder")
+    if cfg.teacher == "exact":
+        return RingTeacher(data).to(device)
+    return load_net(cfg.teacher, data).to(device) if cfg.teacher else None
+
+
+def load_init(net, cfg, data):
+    """Start net from the EMA of --init or --teacher. The weighting head starts anew: it belongs to the loss."""
+    path = init_path(vars(cfg))
+    if not path:
+        return
+    weights = {k: v for k, v in load_net(path, data).state_dict().items() if ".head_" not in k}
+    try:
+        missing, unexpected = net.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        fail(f"{path} has another architecture than the flags ask for: {str(error).splitlines()[1]}")
+    missing = [k for k in missing if ".head_" not in k and ".guidance" not in k]
+    if missing or unexpected:
+        fail(f"{path} has another architecture than the flags ask for: {(missing + unexpected)[0]}")
+
+
+def make_optimizer(net, cfg):
+    kinds = dict(adam=torch.optim.Adam, radam=torch.optim.RAdam)
+    return kinds[cfg.optimizer](net.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
+
+
+def learning_rate(step, cfg):
+    """Linear warm-up, inverse square root beyond lr_ref (EDM2, Eq. 67), linear fall over the last lr_cooldown."""
+    lr = cfg.lr / math.sqrt(max(step / cfg.lr_ref, 1)) if cfg.lr_ref else cfg.lr
+    lr *= min(1, (step + 1) / cfg.lr_warmup) if cfg.lr_warmup else 1
+    left = (1 - step / cfg.steps) / cfg.lr_cooldown if cfg.lr_cooldown else 1
+    return lr * min(1, left)
+
+
+@functools.lru_cache
+def power_gamma(sigma_rel):
+    """Exponent of the power-function EMA of relative width sigma_rel: the largest root of
+    gamma^3 + 7 gamma^2 + (16 - s^-2) gamma + (12 - s^-2) = 0 (EDM2, Eq. 126)."""
+    return max(np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2]).real)
+
+
+@torch.no_grad()
+def update_ema(ema, net, step, cfg):
+    """After step (from 1): power-function average (EDM2, Eq. 127), or one with a half-life in samples."""
+    if cfg.ema_sigma_rel:
+        beta = (1 - 1 / step) ** (power_gamma(cfg.ema_sigma_rel) + 1)
+    else:
+        beta = 0.5 ** (cfg.batch / cfg.ema_halflife)
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+
+
+class Run:
+    """The mechanics of one training run: processes, device, output folder, log and checkpoints."""
+
+    def __init__(self, cfg):
+        self.cfg, self.out, self.bad, self.skipped = cfg, Path(cfg.out), 0, 0
+        self.began = time.time()  # moved back by what earlier sittings of a resumed run took
+        cuda = torch.cuda.is_available()
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if cuda and local >= torch.cuda.device_count():
+            fail(f"process {local} has no GPU: {torch.cuda.device_count()} here; lower --nproc_per_node")
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if WORLD > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+        if (self.out / "ckpt.pt").exists() and not cfg.resume and not cfg.overwrite:
+            fail(f"{self.out} holds a run already: --resume to continue it, --overwrite to replace it, or --out DIR")
+        barrier()  # nobody writes before everybody has looked
+        share, micro = cfg.batch // WORLD, cfg.micro or cfg.batch // WORLD
+        self.rows = [(RANK * share + i, RANK * share + i + micro) for i in range(0, share, micro)]  # of the batch
+
+    def wrap(self, net):
+        if WORLD == 1:
+            return net
+        return nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+
+    def accumulate(self, net, rows):
+        """Gradients travel between processes only after the last micro-batch."""
+        return net.no_sync() if WORLD > 1 and rows != self.rows[-1] else contextlib.nullcontext()
+
+    def mean(self, value):
+        """Mean over the processes of a scalar tensor that each has averaged over its rows."""
+        if WORLD > 1:
+            dist.all_reduce(value)
+        return value / WORLD
+
+    def finite(self, *values):
+        """True if all are finite, alike on all processes. Otherwise the step is to be skipped; 50 running end it."""
+        self.bad = 0 if all(math.isfinite(v) for v in values) else self.bad + 1
+        self.skipped += bool(self.bad)
+        if self.bad == 50:
+            fail(f"50 steps running had a non-finite loss or gradient: stopped; {self.out}/ckpt.pt holds the last "
+                 "checkpoint (try a lower --lr, or --dtype fp32)")
+        return not self.bad
+
+    def resume(self, state):
+        """Load everything in `state` from the checkpoint; the step to go on from."""
+        ckpt = read_checkpoint(self.out)
+        for name, part in state.items():
+            part.load_state_dict(ckpt[name])
+        self.began = time.time() - ckpt["seconds"]
+        if RANK == 0:  # forget the lines that the checkpoint does not know
+            lines = (self.out / "log.jsonl").read_text().splitlines() if (self.out / "log.jsonl").exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= ckpt["step"]]
+            atomic_write(self.out / "log.jsonl", lambda file: file.write("".join(k + "\n" for k in kept).encode()))
+        return ckpt["step"]
+
+    def start(self, state):
+        """Write config.json and a first checkpoint, so that a run can be resumed from its first moment."""
+        if RANK == 0:
+            text = json.dumps(dataclasses.asdict(self.cfg), indent=1)
+            atomic_write(self.out / "config.json", lambda file: file.write(text.encode()))
+            atomic_write(self.out / "log.jsonl", lambda file: None)
+        self.save(state, 0)
+        return 0
+
+    def save(self, state, step):
+        """All numbers are drawn from (seed, step, position), so seed and step are the whole RNG state."""
+        if RANK:
+            return
+        ckpt = {name: part.state_dict() for name, part in state.items()}
+        ckpt |= dict(script=Path(inspect.getfile(type(self.cfg))).stem, config=dataclasses.asdict(self.cfg),
+                     options=state["net"].options, step=step, rng=self.cfg.seed, seconds=time.time() - self.began)
+        atomic_write(self.out / "ckpt.pt", lambda file: torch.save(ckpt, file))
+
+    def steps(self, start):
+        """The training steps, behind a progress bar."""
+        self.bar = tqdm(range(start, self.cfg.steps), initial=start, total=self.cfg.steps, disable=RANK > 0,
+                        desc=f"{self.out} {self.cfg.mode}", unit="step", dynamic_ncols=True,
+                        mininterval=0.5 if sys.stderr.isatty() else 30)
+        return self.bar
+
+    def log(self, step, **values):
+        """One line of log.jsonl, and the progress bar's tail."""
+        if RANK:
+            return
+        values = {k: float(v) for k, v in values.items()}
+        seconds = time.time() - self.began
+        line = json.dumps(dict(step=step, **values, skipped=self.skipped, seconds=round(seconds, 2),
+                               samples_per_s=round(step * self.cfg.batch / seconds, 1)))
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(line + "\n")
+        self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k in ("loss", "mse")})
+
+
+# pictures
+
+def panels(columns, path):
+    """PNG of titled panels side by side. A value (N, 2) becomes a density, (N, 3, H, W) uint8 a grid of images."""
+    pictures = []
+    for title, value in columns.items():
+        picture = density(value) if value.ndim == 2 else grid(value)
+        canvas = Image.new("RGB", (picture.width + 8, picture.height + 28), "white")
+        canvas.paste(picture, (4, 24))
+        ImageDraw.Draw(canvas).text((canvas.width / 2, 12), title, "black", ImageFont.load_default(14), anchor="mm")
+        pictures.append(canvas)
+    sheet = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (sum(p.width for p in pictures[:i]), 0))
+    atomic_write(path, lambda file: sheet.save(file, "PNG"))
+
+
+def density(points, size=240, half=1.0):
+    """Points (N, 2) -> picture of their density on [-half, half]^2, white to dark blue on a square-root scale."""
+    counts, _, _ = np.histogram2d(*points.cpu().double().numpy().T, bins=size // 2, range=[[-half, half]] * 2)
+    level = np.sqrt(np.minimum(counts / (20 * len(points) / (size / 2) ** 2), 1)).T[::-1, :, None]
+    shade = 255 * (1 - level) + np.array([20, 40, 110]) * level
+    return Image.fromarray(shade.astype(np.uint8)).resize((size, size), Image.NEAREST)
+
+
+def grid(images, columns=None):
+    """uint8 (N, 3, H, W) -> one picture, near-square unless columns is given; small images are enlarged."""
+    n, c, h, w = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    sheet = np.full((-(-n // columns) * h, columns * w, c), 255, np.uint8)
+    for i, image in enumerate(images.cpu().numpy()):
+        top, left = i // columns * h, i % columns * w
+        sheet[top:top + h, left:left + w] = image.transpose(1, 2, 0)
+    zoom = max(1, 48 // h)
+    return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.NEAREST)
+
+
+# metrics and reports
+
+def energy_distance(a, b):
+    """2 E|A - B| - E|A - A'| - E|B - B'| over all pairs (the biased, never negative V-statistic); a, b (N, d)."""
+    a, b = a.double().cpu(), b.double().cpu()
+    return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
+
+
+def noise_and_labels(cfg, data, n, conditional, seed=12345, device="cpu"):
+    """Initial noise ~ N(0, sigma_d^2 I) (n, *shape) and labels (--label, else 0, 1, 2, ... in turn; None if
+    unconditional), and the Draw that goes on with sample i's own random numbers whatever n is."""
+    gen = Draw(seed, 0, 0, n, device)
+    noise = cfg.sigma_d * gen.normal(*data.shape)
+    if not conditional:
+        return noise, None, gen
+    return noise, torch.arange(n, device=device) % data.classes if cfg.label < 0 else torch.full((n,), cfg.label), gen
+
+
+@torch.no_grad()
+def report(cfg, run, step, sample, net, data, teacher, nfes):
+    """Pictures and metrics.json of the EMA network at the end of training, and the lines that are printed.
+
+    2-D: energy distance of the samples at each number of network evaluations (NFE), of the exact ODE's samples and
+    of fresh data, all to fresh data; ODE error E = RMS per element between one-step samples and the exact PF-ODE
+    solution from the same noise. Images: the teacher's Heun samples beside the few-step ones, same noise.
+    """
+    if RANK:
+        return
+    toy, conditional = len(data.shape) == 1, net.options["classes"] > 0
+    n = 5000 if toy else 36
+    noise, y, gen = noise_and_labels(cfg, data, n, conditional, device=run.device)
+    columns, metrics = {}, dict(seconds=round(time.time() - run.began, 1), steps=step)
+    if toy:
+        fresh = [data.batch(Draw(cfg.seed, 2**32 + i, 0, n))[0] for i in (0, 1)]  # steps no training reaches
+        exact = solve(RingTeacher(data), noise.double().cpu(), ode_times(512, cfg.sigma_d), y, cfg.sigma_d)
+        columns = {"data": fresh[0], "exact ODE": exact}
+        distance = {"ode": energy_distance(exact, fresh[0]), "data": energy_distance(fresh[1], fresh[0])}
+    elif teacher:
+        ode = solve(teacher, noise, ode_times(18, cfg.sigma_d), y, cfg.sigma_d)
+        columns = {"teacher, 35 NFE": data.to_uint8(ode)}
+    for nfe in nfes:
+        x = sample(net, noise, y, nfe, cfg, gen)
+        columns[f"{cfg.mode}, {nfe} NFE"] = x.cpu() if toy else data.to_uint8(x)
+        if toy:
+            distance[str(nfe)] = energy_distance(x, fresh[0])
+            metrics.setdefault("ode_error", float((x.cpu().double() - exact).square().mean().sqrt()))
+    panels(columns, run.out / f"samples-{step:06d}.png")
+    if toy:
+        metrics["energy_distance"] = distance
+        print("energy distance to fresh data:  " + "  ".join(
+            f"{k + ' NFE' if k.isdigit() else k} {v:.5f}" for k, v in distance.items()))
+        print(f"ODE error E = {metrics['ode_error']:.4f}   (RMS of {nfes[0]} NFE against the exact solution)")
+    atomic_write(run.out / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
+    print(f"{step} steps, {metrics['seconds']:.0f} s; wrote {run.out}/samples-{step:06d}.png")
+
+
+@torch.no_grad()
+def write_samples(cfg, sample):
+    """--sample N --nfe K: a grid (.png), or ADM's .npz (arr_0 uint8 NHWC or float points, arr_1 labels)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net = load_net(cfg.out).to(device)
+    shape, classes = tuple(net.options["shape"]), net.options["classes"]
+    if cfg.label >= max(classes, 1) or cfg.label >= 0 and not classes:
+        fail(f"--label {cfg.label}: " + (f"the classes are 0..{classes - 1}" if classes else "the model is unconditional"))
+    data = argparse.Namespace(shape=shape, classes=classes)
+    noise, y, gen = noise_and_labels(cfg, data, cfg.sample, classes > 0, cfg.seed, device)
+    x = sample(net, noise, y, cfg.nfe, cfg, gen).cpu()
+    path = Path(cfg.save or f"{cfg.out}/samples.png")
+    values = x if len(shape) == 1 else Images.to_uint8(x)
+    if path.suffix == ".png":
+        panels({f"{cfg.sample} samples, {cfg.nfe} NFE": values}, path)
+    else:
+        labels = {} if y is None else dict(arr_1=y.cpu().numpy())
+        arrays = values.numpy() if len(shape) == 1 else values.permute(0, 2, 3, 1).numpy()
+        atomic_write(path, lambda file: np.savez(file, arr_0=arrays, **labels))
+    print(f"wrote {path}")

@@ -1,0 +1,333 @@
+"""sCM: simple, stable and scalable continuous-time consistency models, in one file.
+
+Lu & Song, "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", 2024.
+
+TrigFlow          x_t = cos(t) x_0 + sin(t) z,  z ~ N(0, sigma_d^2 I),  t in [0, pi/2]             Sec. 3
+PF-ODE            dx_t/dt = sigma_d F(x_t / sigma_d, t)                                            Eq. 3
+diffusion         || sigma_d F(x_t / sigma_d, t) - v_t ||^2,  v_t = cos(t) z - sin(t) x_0          Eq. 4
+consistency       f(x_t, t) = cos(t) x_t - sin(t) sigma_d F(x_t / sigma_d, t)                      Eq. 5
+tangent           df/dt = -cos(t) (sigma_d F - dx_t/dt) - sin(t) (x_t + sigma_d dF/dt)             Eq. 6
+loss              e^w(t) / D || F - F^- - g ||^2 - w(t),  g = cos(t) df^-/dt, normalized           Eq. 8
+F^- is F under stop-gradient; dx_t/dt is the teacher's (scd) or, unbiased, v_t (sct); dF/dt is one JVP.
+
+The tangent is normalized as g / (rms(g) + c). The paper prints a plain norm; the root mean square makes c = 0.1
+mean the same at every resolution. The two differ by a factor sqrt(D) in g (and in c), which w(t) absorbs.
+
+    python scm.py                                               toy: 8 Gaussians, exact teacher
+    python scm.py --dataset folder --data PATH --image_size 16 --mode diffusion --out out/teacher
+    python scm.py --dataset folder --data PATH --image_size 16 --mode scd --teacher out/teacher --out out/scd
+    python scm.py --sample 64 --nfe 2 --out out/scd
+    torchrun --nproc_per_node=8 scm.py --dataset cifar10 --mode diffusion
+"""
+# ------------------------------------------------------------------------------------------------- imports
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import common
+from common import like
+
+
+# -------------------------------------------------------------------------------------------------- Config
+@dataclass
+class Config:
+    dataset: str = "gmm"  # gmm, shapes, folder, cifar10
+    mode: str = "scd"  # training objective, see --help's first lines
+    data: str = ""  # folder with class subfolders, EDM-style zip (folder) or cifar-10-binary.tar.gz (cifar10)
+    out: str = ""  # the run's folder; "" = out/<script>
+    image_size: int = 0  # crop and resize images to this many pixels; 0 = as they are
+    conditional: bool = False  # class-conditional network
+    label_dropout: float = 0.0  # probability of training without the label, for guidance
+    teacher: str = ""  # exact (gmm), a run's folder or checkpoint file; "" = none
+    init: str = ""  # run to start from; "" = the teacher if it is a run, none = random weights
+    steps: int = 4000  # optimizer steps
+    batch: int = 256  # global batch, in samples
+    micro: int = 0  # most samples a process takes at once (gradient accumulation); 0 = all
+    optimizer: Literal["adam", "radam"] = "adam"  # adam or radam
+    lr: float = 1e-3  # peak learning rate
+    lr_warmup: int = 0  # steps of linear warm-up; 0 = off
+    lr_ref: int = 0  # steps after which lr falls with the inverse square root; 0 = off
+    lr_cooldown: float = 0.0  # last share of the steps, in which lr falls linearly to 0; 0 = off
+    beta1: float = 0.9  # Adam's first moment
+    beta2: float = 0.99  # Adam's second moment
+    eps: float = 1e-8  # Adam's epsilon
+    clip: float = 0.0  # gradient norm clipping; 0 = off
+    dropout: float = 0.0  # in residual blocks at 16 pixels and below; 0 = off
+    ema_sigma_rel: float = 0.05  # width of the power-function EMA, relative to training; 0 = use ema_halflife
+    ema_halflife: float = 5e5  # half-life of the EMA in samples
+    channels: int = 64  # width of the first level (of all blocks in 2-D)
+    channel_mult: tuple = (1, 2)  # width of each level over channels; a level halves the image
+    blocks: int = 2  # residual blocks a level (in all, in 2-D)
+    attention: tuple = (8,)  # resolutions with self-attention
+    emb: Literal["positional", "fourier"] = "positional"  # time embedding: positional or fourier
+    emb_scale: float = 1.0  # highest frequency (positional), bandwidth (fourier)
+    c_noise: Literal["t", "log"] = "t"  # what is embedded: t itself, or log(sigma)/4 as in EDM
+    double_norm: bool = True  # adaptive double normalization; false = EDM2's modulation
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the U-Net's torso
+    sigma_d: float = 0.5  # standard deviation of the data
+    seed: int = 0  # of weights, data, times and noise
+    log_every: int = 100  # steps between lines of log.jsonl
+    save_every: int = 1000  # steps between checkpoints
+    sample_every: int = 10**9  # steps between sample pictures while training
+    resume: bool = False  # go on from the last checkpoint in --out
+    overwrite: bool = False  # replace the run in --out
+    sample: int = 0  # draw this many samples from the run in --out, instead of training
+    nfe: int = 1  # network evaluations a sample
+    label: int = -1  # class to sample; -1 = all in turn
+    save: str = ""  # .png or .npz to write samples to; "" = samples.png in --out
+    # --- method
+    P_mean: float = -1.0  # mean of log sigma in training, sigma = sigma_d tan(t)
+    P_std: float = 1.4  # its standard deviation
+    tangent: Literal["normalize", "clip", "raw"] = "normalize"  # g / (rms + c); clip to [-1, 1]; as it is
+    tangent_c: float = 0.1  # c of the normalization
+    warmup: int = 10000  # steps in which the unstable half of the tangent fades in; 0 = off
+    weighting: Literal["adaptive", "none"] = "adaptive"  # learned w(t), or w = 0
+    mid_t: float = 1.1  # second sampling time, radians; further steps are spread evenly below it
+    guidance_max: float = 1.0  # scd: guidance scale s ~ U[1, this] is an input of the net; 1 = off
+    guidance: float = 1.0  # guidance scale when sampling
+    intervals: int = 1024  # dscd: N intervals of EDM's grid
+
+
+# ------------------------------------------------------------------------------------------------- PRESETS
+PRESETS = {
+    # DEPARTS: c = 1 and no adaptive weighting. With an exact teacher the residual vanishes as t -> 0, so the
+    # optimal e^w = 1/residual grows there without bound and drowns the large t. Data has a noise floor.
+    "gmm": dict(teacher="exact", lr_cooldown=0.3, channels=128, blocks=4, emb_scale=10.0, warmup=1000,
+                tangent_c=1.0, weighting="none"),
+    "shapes": dict(image_size=16, conditional=True, channels=32, steps=2000, batch=128, lr_cooldown=0.3,
+                   warmup=500, save_every=500),
+    "folder": dict(conditional=True, steps=8000, batch=128, lr_cooldown=0.3, warmup=1000),
+    # Unconditional CIFAR-10, FID of 1 / 2 steps: sct 2.85 / 2.06, scd 3.66 / 2.52, teacher 2.15 (35 NFE).
+    # DEPARTS: the paper's DDPM++ there is a U-Net of EDM2's kind here, at about its size.
+    "cifar10": dict(batch=512, steps=400_000, lr=1e-4, optimizer="radam", ema_sigma_rel=0.0, channels=128,
+                    channel_mult=(1, 2, 2), blocks=3, attention=(16,), save_every=2500),
+    ("cifar10", "diffusion"): dict(lr=1e-3, optimizer="adam", beta2=0.999, dropout=0.13, P_mean=-1.2, P_std=1.2),
+    ("cifar10", "sct"): dict(dropout=0.2),
+    ("folder", "diffusion"): dict(label_dropout=0.1, P_mean=-1.2, P_std=1.2),
+}
+
+
+# --------------------------------------------------------------------------------- process: times and noise
+def t_max(cfg):
+    return math.atan(80 / cfg.sigma_d)  # 1.5646: EDM's largest sigma, not pi/2
+
+
+def sample_t(gen, cfg):
+    """Log-normal proposal: sigma_d tan(t) = e^tau, tau ~ N(P_mean, P_std^2); (B,) float64."""
+    tau = cfg.P_mean + cfg.P_std * gen.normal(dtype=torch.float64)
+    return torch.atan(tau.exp() / cfg.sigma_d)
+
+
+def diffuse(x0, t, gen, cfg):
+    """x_t and its velocity along the sample's own path, v_t = cos(t) z - sin(t) x_0."""
+    z = cfg.sigma_d * gen.normal(*x0.shape[1:])
+    cos, sin = like(t.cos(), x0), like(t.sin(), x0)
+    return cos * x0 + sin * z, cos * z - sin * x0
+
+
+def sample_neighbours(gen, cfg):
+    """Neighbours t > t' of EDM's grid with N intervals (t_0 = 0), by the proposal's mass between them (App. E)."""
+    sigma = common.karras(cfg.intervals + 1).flip(0)                       # ascending, (N + 1,)
+    mass = torch.erf((sigma.log() - cfg.P_mean) / (math.sqrt(2) * cfg.P_std)).diff().cumsum(0)
+    i = torch.searchsorted(mass.to(gen.device), gen.uniform() * mass[-1])  # 0..N-1
+    times = torch.atan(sigma / cfg.sigma_d).to(gen.device)
+    times[0] = 0
+    return times[i + 1], times[i]
+
+
+def tangent_warmup(step, cfg):
+    """r: 0 -> 1 over the first `warmup` steps (Sec. 4.2)."""
+    return min(1, step / cfg.warmup) if cfg.warmup else 1
+
+
+# ----------------------------------------------------------------------------------- consistency function f
+def f(net, x_t, t, y, cfg, s=None):
+    """Eq. 5. x_t (B, ...); t (B,); y (B,) or None; s (B,) guidance scale or None."""
+    F = net(x_t / cfg.sigma_d, t, y, s)
+    return like(t.cos(), x_t) * x_t - like(t.sin(), x_t) * cfg.sigma_d * F
+
+
+# ---------------------------------------------------------------------------------------------------- loss
+def weighted(error, w):
+    """E[e^w / D ||error||^2 - w]: at the optimum of w every t contributes the same (App. D)."""
+    mse = error.square().flatten(1).mean(1)
+    return (w.exp() * mse - w).mean(), dict(mse=mse.detach().mean())
+
+
+def diffusion(net, target, teacher, x0, y, step, cfg, gen):
+    """Eq. 4 with adaptive weighting; F and v_t / sigma_d have unit variance, so the prior weight is 1."""
+    t = sample_t(gen, cfg)
+    x_t, v_t = diffuse(x0, t, gen, cfg)
+    gen.same_dropout()
+    F, w = net(x_t / cfg.sigma_d, t, y, return_w=True)
+    return weighted(F - v_t / cfg.sigma_d, w)
+
+
+def teacher_velocity(teacher, x_t, t, y, s, cfg):
+    """dx_t/dt = sigma_d F_teacher (Eq. 3), with classifier-free guidance of scale s (B,) if given."""
+    with torch.no_grad():
+        F = teacher(x_t / cfg.sigma_d, t, y)
+        if s is not None:
+            F_uncond = teacher(x_t / cfg.sigma_d, t, torch.full_like(y, -1))
+            F = F_uncond + like(s, F) * (F - F_uncond)
+    return cfg.sigma_d * F
+
+
+def guidance_scale(gen, cfg):
+    """s ~ U[1, guidance_max], an input of the network (Sec. 5.2); None if off."""
+    return 1 + (cfg.guidance_max - 1) * gen.uniform() if cfg.guidance_max > 1 else None
+
+
+def tangent(target, x_t, t, y, s, dxdt, r, cfg):
+    """F^- and g = cos(t) df^-/dt of Eq. 6, with r from tangent warm-up; one JVP gives both.
+
+    Rearranged (Sec. 5.1): the tangent that enters the network already carries cos(t) sin(t), which keeps what
+    flows through it bounded at both ends. The network's input is x_t / sigma_d, hence the division.
+    """
+    cos, sin = like(t.cos(), x_t), like(t.sin(), x_t)
+    F, cos_sin_dF = common.jvp(lambda x, t: target(x, t, y, s), (x_t / cfg.sigma_d, t),
+                               (cos * sin * dxdt / cfg.sigma_d, t.cos() * t.sin()))
+    return F, -cos**2 * (cfg.sigma_d * F - dxdt) - r * (cos * sin * x_t + cfg.sigma_d * cos_sin_dF)
+
+
+@torch.no_grad()
+def discrete_tangent(target, x_t, t, t_next, y, s, dxdt, r, cfg, gen):
+    """The same with (f^-(x_t, t) - f^-(x_t', t')) / sin(t - t') for df^-/dt, t' < t (App. E)."""
+    cos, sin = like((t - t_next).cos(), x_t), like((t - t_next).sin(), x_t)
+    x_next = cos * x_t - sin * dxdt                                       # one teacher step, DDIM
+    F = target(x_t / cfg.sigma_d, t, y, s)
+    gen.same_dropout()
+    dF = (cos * F - target(x_next / cfg.sigma_d, t_next, y, s)) / sin     # -> dF/dt as t' -> t
+    df = -like(t_next.cos(), x_t) * (cfg.sigma_d * F - dxdt) - r * like(t_next.sin(), x_t) * (x_t + cfg.sigma_d * dF)
+    return F, like(t.cos(), x_t) * df
+
+
+def normalize(g, cfg):
+    """Tangent normalization or clipping (Sec. 4.2)."""
+    rms = like(g.square().flatten(1).mean(1).sqrt(), g)
+    return {"normalize": g / (rms + cfg.tangent_c), "clip": g.clamp(-1, 1), "raw": g}[cfg.tangent]
+
+
+def consistency(net, x_t, t, y, s, F_minus, g, cfg, gen):
+    """Eq. 8. The second, ordinary forward pass: same dropout masks, so F = F^- and only -g remains of the error."""
+    gen.same_dropout()
+    F, w = net(x_t / cfg.sigma_d, t, y, s, return_w=True)
+    loss, info = weighted(F - F_minus - normalize(g, cfg), w)
+    return loss, info | dict(tangent_rms=g.square().mean().sqrt())
+
+
+def scd(net, target, teacher, x0, y, step, cfg, gen):
+    """Consistency distillation: dx_t/dt from the teacher."""
+    t = sample_t(gen, cfg)
+    x_t, _ = diffuse(x0, t, gen, cfg)
+    s = guidance_scale(gen, cfg)
+    dxdt = teacher_velocity(teacher, x_t, t, y, s, cfg)
+    gen.same_dropout()
+    F_minus, g = tangent(target, x_t, t, y, s, dxdt, tangent_warmup(step, cfg), cfg)
+    return consistency(net, x_t, t, y, s, F_minus, g, cfg, gen)
+
+
+def sct(net, target, teacher, x0, y, step, cfg, gen):
+    """Consistency training: dx_t/dt is v_t, whose mean given x_t is the PF-ODE's."""
+    t = sample_t(gen, cfg)
+    x_t, v_t = diffuse(x0, t, gen, cfg)
+    gen.same_dropout()
+    F_minus, g = tangent(target, x_t, t, y, None, v_t, tangent_warmup(step, cfg), cfg)
+    return consistency(net, x_t, t, y, None, F_minus, g, cfg, gen)
+
+
+def dscd(net, target, teacher, x0, y, step, cfg, gen):
+    """Distillation between neighbours of a grid of N intervals, the discrete-time twin of scd (App. E)."""
+    t, t_next = sample_neighbours(gen, cfg)
+    x_t, _ = diffuse(x0, t, gen, cfg)
+    s = guidance_scale(gen, cfg)
+    dxdt = teacher_velocity(teacher, x_t, t, y, s, cfg)
+    gen.same_dropout()
+    F_minus, g = discrete_tangent(target, x_t, t, t_next, y, s, dxdt, tangent_warmup(step, cfg), cfg, gen)
+    return consistency(net, x_t, t, y, s, F_minus, g, cfg, gen)
+
+
+LOSSES = {"diffusion": diffusion, "scd": scd, "sct": sct, "dscd": dscd}
+
+
+# ------------------------------------------------------------------------------------------------- sampler
+@torch.no_grad()
+def sample(net, noise, y, nfe, cfg, gen):
+    """noise ~ N(0, sigma_d^2 I) (B, ...) at t_max -> x_0 (B, ...). One step is f itself; a second starts from fresh
+    noise at t = 1.1 (Sec. 5.2), further ones at times spread evenly below (# DEPARTS: the paper names none).
+    A diffusion model is solved by Heun with at most nfe evaluations."""
+    if cfg.mode == "diffusion":
+        return common.solve(net, noise, common.ode_times((nfe + 1) // 2, cfg.sigma_d), y, cfg.sigma_d)
+    s = noise.new_full(noise.shape[:1], cfg.guidance) if cfg.guidance_max > 1 else None
+    x = noise
+    for i in range(nfe):
+        t = torch.full(noise.shape[:1], cfg.mid_t * (nfe - i) / (nfe - 1) if i else t_max(cfg),
+                       dtype=torch.float64, device=noise.device)
+        if i:
+            x = like(t.cos(), x) * x + like(t.sin(), x) * cfg.sigma_d * gen.normal(*x.shape[1:])
+        x = f(net, x, t, y, cfg, s)
+    return x
+
+
+# --------------------------------------------------------------------------------------------------- train
+def train(cfg):
+    run = common.Run(cfg)
+    data = common.dataset(cfg)
+    teacher = common.load_teacher(cfg, data, run.device)
+    net = common.network(cfg, data, head=cfg.weighting == "adaptive", guidance=cfg.guidance_max > 1)  # <- method
+    common.load_init(net, cfg, data)
+    net.to(run.device)
+    target = net  # <- method: the live network itself is the stop-gradient branch
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = common.make_optimizer(net, cfg)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
+    state = dict(net=net, ema=ema, optimizer=optimizer, scaler=scaler)
+    start = run.resume(state) if cfg.resume else run.start(state)
+    wrapped = run.wrap(net)  # for gradients; the bare net for everything else
+
+    for step in run.steps(start):
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(step, cfg)
+        total = torch.zeros([], device=run.device)
+        for rows in run.rows:  # of the global batch, a micro-batch at a time
+            gen = common.Draw(cfg.seed, step, *rows, run.device)
+            x0, y = data.batch(gen)
+            with run.accumulate(wrapped, rows):
+                loss, info = LOSSES[cfg.mode](wrapped, target, teacher, x0, y, step, cfg, gen)
+                scaler.scale(loss / len(run.rows)).backward()
+            total += loss.detach() / len(run.rows)
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip or math.inf)
+        total = run.mean(total)
+        if run.finite(total, grad_norm):
+            scaler.step(optimizer)
+            common.normalize_weights(net)
+            common.update_ema(ema, net, step + 1, cfg)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        done = step + 1
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
+        if done % cfg.save_every == 0 or done == cfg.steps:
+            run.save(state, done)
+        if done % cfg.sample_every == 0 or done == cfg.steps:
+            nfes = (35,) if cfg.mode == "diffusion" else (1, 2)
+            common.report(cfg, run, done, sample, ema, data, teacher, nfes)
+
+
+# ---------------------------------------------------------------------------------------------------- main
+def main(argv=None):
+    cfg = common.parse_args(Config, PRESETS, LOSSES, argv)
+    if cfg.mode in ("scd", "dscd") and not cfg.teacher:
+        common.fail(f"--mode {cfg.mode} distills a teacher: give --teacher RUN (or exact, for gmm)")
+    if cfg.guidance_max > 1 and not cfg.conditional:
+        common.fail("--guidance_max above 1 needs a class-conditional network: --conditional")
+    common.write_samples(cfg, sample) if cfg.sample else train(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""scm.py: the equations of the paper as identities."""
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import common
+import scm
+
+
+def config(**values):
+    return scm.Config(**scm.PRESETS["gmm"] | values)
+
+
+def draw(n=64, step=0):
+    return common.Draw(0, step, 0, n)
+
+
+def toy_net(seed=0, **options):
+    net = common.build(dict(shape=(2,), channels=32, blocks=2, emb_scale=10.0, head=False) | options, seed)
+    return net.double()
+
+
+@pytest.mark.parametrize("options", [{}, dict(c_noise="log"), dict(emb="fourier", emb_scale=16.0)])
+def test_f_is_the_identity_at_zero(nets, options):
+    for net, shape in zip(nets(**options), [(4, 2), (4, 3, 8, 8)]):
+        x = torch.randn(shape).double()
+        assert torch.equal(scm.f(net, x, torch.zeros(4).double(), None, config()), x)
+
+
+def test_proposal_is_log_normal():
+    cfg = config()
+    log_sigma = (cfg.sigma_d * scm.sample_t(draw(100_000), cfg).tan()).log()
+    assert log_sigma.mean() == pytest.approx(cfg.P_mean, abs=0.02)
+    assert log_sigma.std() == pytest.approx(cfg.P_std, abs=0.02)
+
+
+def test_rearranged_jvp_is_the_plain_tangent(ring):
+    """cos(t) df/dt with f differentiated as a whole along (dx/dt, 1), no rearrangement, in float64."""
+    cfg, _, teacher = ring
+    net, t = toy_net(), torch.linspace(0.01, 1.55, 16).double()
+    x_t = 0.5 * torch.randn(16, 2).double()
+    dxdt = scm.teacher_velocity(teacher, x_t, t, None, None, cfg)
+    _, df = common.jvp(lambda x, t: scm.f(net, x, t, None, cfg), (x_t, t), (dxdt, torch.ones_like(t)))
+    _, g = scm.tangent(net, x_t, t, None, None, dxdt, 1.0, cfg)
+    assert torch.allclose(g, t.cos()[:, None] * df, atol=1e-10)
+
+
+def test_discrete_tangent_tends_to_the_continuous(ring):
+    """dscd's difference quotient meets the JVP as t' -> t, with first-order error."""
+    cfg, _, teacher = ring
+    net, t = toy_net(), torch.linspace(0.1, 1.5, 16).double()
+    x_t = 0.5 * torch.randn(16, 2).double()
+    for r in (0.0, 0.4, 1.0):
+        dxdt = scm.teacher_velocity(teacher, x_t, t, None, None, cfg)
+        F, g = scm.tangent(net, x_t, t, None, None, dxdt, r, cfg)
+        error = []
+        for h in (1e-3, 1e-4):
+            F_d, g_d = scm.discrete_tangent(net, x_t, t, t - h, None, None, dxdt, r, cfg, draw())
+            assert torch.equal(F, F_d)
+            error.append((g_d - g).abs().max().item())
+        assert error[1] < 0.15 * error[0] and error[1] < 1e-2
+
+
+def test_discrete_tangent_is_the_difference_of_f(ring):
+    """At r = 1: (f(x_t, t) - f(x_t', t')) / sin(t - t') with x_t' one DDIM step of the teacher below."""
+    cfg, _, teacher = ring
+    net, t, s = toy_net(), torch.tensor([0.4, 1.2]).double(), torch.tensor([0.0, 1.0]).double()
+    x_t = 0.5 * torch.randn(2, 2).double()
+    dxdt = scm.teacher_velocity(teacher, x_t, t, None, None, cfg)
+    _, g = scm.discrete_tangent(net, x_t, t, s, None, None, dxdt, 1.0, cfg, draw())
+    x_s = torch.cat([common.solve(teacher, x_t[i:i + 1], torch.stack([t[i], s[i]]), solver="ddim") for i in (0, 1)])
+    df = (scm.f(net, x_t, t, None, cfg) - scm.f(net, x_s, s, None, cfg)) / torch.sin(t - s)[:, None]
+    assert torch.allclose(g, t.cos()[:, None] * df, atol=1e-10)
+
+
+def test_neighbours_follow_the_proposal():
+    """t, t' are neighbours on EDM's grid, the last t' is 0, and t's frequencies match the log-normal's mass."""
+    cfg = config(intervals=8)
+    t, s = scm.sample_neighbours(draw(50_000), cfg)
+    grid = [0.0] + [math.atan(v / cfg.sigma_d) for v in common.karras(9).flip(0)[1:].tolist()]
+    below = {round(b, 9): round(a, 9) for a, b in zip(grid, grid[1:])}
+    assert all(below[round(a, 9)] == round(b, 9) for a, b in zip(t.tolist()[:500], s.tolist()[:500]))
+    tau = torch.distributions.Normal(cfg.P_mean, cfg.P_std)
+    edges = common.karras(9).flip(0)
+    mass = (tau.cdf(edges.log()[1:]) - tau.cdf(edges.log()[:-1]))
+    share = torch.tensor([(t - g).abs().lt(1e-9).double().mean() for g in grid[1:]])
+    assert torch.allclose(share, mass / mass.sum(), atol=0.01)
+
+
+def test_exact_consistency_function_has_no_tangent():
+    """For one Gaussian the exact f is known; its tangent along the exact ODE vanishes."""
+    m, s, cfg = torch.tensor([0.3, -0.2]).double(), 0.2, config()
+
+    def std(t):  # of x_t, per coordinate
+        return torch.sqrt((t.cos() * s) ** 2 + (t.sin() * cfg.sigma_d) ** 2)[:, None]
+
+    def exact(x, t, y=None, s_=None):  # f = m + s (x_t - cos(t) m) / std(t), as the F that gives it
+        x_t, cos, sin = x * cfg.sigma_d, t.cos()[:, None], t.sin()[:, None]
+        return (cos * x_t - (m + s * (x_t - cos * m) / std(t))) / (sin * cfg.sigma_d)
+    t, x_t = torch.linspace(0.1, 1.5, 8).double(), torch.randn(8, 2).double()
+    cos, sin = t.cos()[:, None], t.sin()[:, None]
+    slope = cos * sin * (cfg.sigma_d**2 - s**2) / std(t) ** 2
+    dxdt = -sin * m + slope * (x_t - cos * m)
+    _, g = scm.tangent(exact, x_t, t, None, None, dxdt, 1.0, cfg)
+    assert g.abs().max() < 1e-10
+
+
+def test_sct_gradient_is_an_unbiased_scd_gradient(ring):
+    """With v_t in place of the teacher, the mean parameter gradient is scd's, within its standard error."""
+    cfg, data, teacher = ring
+    cfg, net = dataclasses.replace(cfg, tangent="raw"), toy_net()
+    t, n, m = torch.tensor([0.5, 1.0, 1.3]).double(), 4000, 30
+    x_t = 0.4 * torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double()
+
+    def posterior(x_t, t, n, generator):  # x0 ~ p(x0 | x_t): a component, then its Gaussian
+        cos, sin, s = t.cos(), t.sin(), data.std * cfg.sigma_d
+        variance, delta = (cos * s) ** 2 + (sin * cfg.sigma_d) ** 2, x_t - t.cos() * data.mean
+        k = torch.multinomial(torch.softmax(-delta.square().sum(1) / (2 * variance), 0), n, True, generator=generator)
+        noise = torch.randn(n, 2, generator=generator).double()
+        return (data.mean + cos * s**2 / variance * delta)[k] + s * sin * cfg.sigma_d / variance.sqrt() * noise
+
+    def gradient(x_t, t, dxdt):
+        F, g = scm.tangent(net, x_t, t, None, None, dxdt, 1.0, cfg)
+        loss, _ = scm.consistency(net, x_t, t, None, None, F, g, cfg, draw())
+        grads = torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad], allow_unused=True)
+        return torch.cat([g.flatten() for g in grads if g is not None])
+    exact = gradient(x_t, t, scm.teacher_velocity(teacher, x_t, t, None, None, cfg))
+    rounds = []
+    for i in range(m):
+        x0 = torch.cat([posterior(*pair, n, torch.Generator().manual_seed(i)) for pair in zip(x_t, t)])
+        x, angle = x_t.repeat_interleave(n, 0), t.repeat_interleave(n)
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        v_t = cos * (x - cos * x0) / sin - sin * x0
+        rounds.append(gradient(x, angle, v_t))
+    rounds = torch.stack(rounds)
+    mean, error = rounds.mean(0), rounds.std(0) / math.sqrt(m)
+    score = ((mean - exact) / (error + 1e-9))[exact.abs() > 1e-8]
+    assert score.square().mean() < 2.0, score.square().mean()  # about 1 if unbiased
+    assert (mean - exact).norm() < 0.05 * exact.norm()
+
+
+def test_normalized_clipped_and_raw_tangents():
+    g = torch.tensor([[3.0, -4.0], [0.0, 0.0], [1e-3, 0.0]])
+    rms = torch.tensor([[math.sqrt(12.5)], [0.0], [1e-3 / math.sqrt(2)]])
+    assert torch.allclose(scm.normalize(g, config(tangent="normalize", tangent_c=0.1)), g / (rms + 0.1))
+    assert torch.equal(scm.normalize(g, config(tangent="clip")), g.clamp(-1, 1))
+    assert torch.equal(scm.normalize(g, config(tangent="raw")), g)
+
+
+def test_warmup_fades_in_the_unstable_half():
+    """r = 0 leaves -cos^2 (sigma_d F - dx/dt) alone; r runs linearly to 1."""
+    cfg = config(warmup=100)
+    net, t, x_t, dxdt = toy_net(), torch.rand(4).double(), torch.randn(4, 2).double(), torch.randn(4, 2).double()
+    F, g = scm.tangent(net, x_t, t, None, None, dxdt, 0.0, cfg)
+    assert torch.allclose(g, -t.cos()[:, None] ** 2 * (cfg.sigma_d * F - dxdt))
+    assert [scm.tangent_warmup(k, cfg) for k in (0, 50, 100, 200)] == [0, 0.5, 1, 1]
+    assert scm.tangent_warmup(0, config(warmup=0)) == 1
+
+
+@pytest.mark.parametrize("mode", ["scd", "sct", "dscd"])
+def test_both_passes_share_the_dropout_mask(mode, nets):
+    """With equal masks F - F^- = 0, so the raw loss is exactly the mean square of the raw tangent."""
+    _, net = nets(dropout=0.5, head=False)
+    net.train()
+    x0, cfg = torch.randn(8, 3, 8, 8).double().clamp(-1, 1), config(tangent="raw", intervals=32)
+    teacher = nets()[1].eval()
+    loss, info = scm.LOSSES[mode](net, net, teacher, x0, None, 10**6, cfg, draw(8))
+    assert loss.item() == pytest.approx(info["tangent_rms"].item() ** 2, rel=1e-9)
+
+
+def test_adaptive_weight_settles_at_the_inverse_loss():
+    """Minimizing e^w / D ||error||^2 - w over w gives e^w = 1 / mse, and the weighted term is then 1."""
+    error, w = torch.tensor([[2.0, 1.0]]), torch.zeros(1, requires_grad=True)
+    for _ in range(500):
+        loss, info = scm.weighted(error, w)
+        w.grad = None
+        loss.backward()
+        w.data -= 0.1 * w.grad
+    assert w.exp().item() == pytest.approx(1 / 2.5, rel=1e-4) and info["mse"] == 2.5
+
+
+def test_guidance_moves_the_teacher_and_one_is_plain(ring):
+    """F_uncond + s (F_cond - F_uncond): s = 1 is the conditional teacher; the network sees s."""
+    cfg, _, teacher = ring
+    x_t, t, y = torch.randn(4, 2), torch.rand(4).double(), torch.arange(4)
+    plain = scm.teacher_velocity(teacher, x_t, t, y, None, cfg)
+    assert torch.allclose(scm.teacher_velocity(teacher, x_t, t, y, torch.ones(4), cfg), plain, atol=1e-6)
+    assert not torch.allclose(scm.teacher_velocity(teacher, x_t, t, y, torch.full((4,), 2.0), cfg), plain, atol=1e-2)
+    net = toy_net(classes=8, guidance=True)
+    net.cond.guidance_gain.data.fill_(1.0)
+    a, b = (net(x_t.double(), t, y, torch.full((4,), s).double()) for s in (1.0, 2.0))
+    assert not torch.allclose(a, b, atol=1e-3)
+
+
+def test_diffusion_loss_is_least_at_the_exact_teacher(ring):
+    """Eq. 4 is minimized by the posterior mean: any perturbation of the exact F raises the loss."""
+    cfg, data, teacher = ring
+
+    def loss(shift):
+        def net(x, t, y, return_w):
+            return teacher(x, t, y) + shift, torch.zeros(len(x))
+        gen = draw(20_000)
+        return scm.diffusion(net, net, None, data.batch(gen)[0], None, 0, cfg, gen)[0].item()
+    assert loss(0.0) < min(loss(0.1), loss(-0.1))
+
+
+def test_sampler_with_the_exact_map():
+    """If every data point is the same, f is constant, and any number of steps returns it."""
+    cfg, point = config(), torch.tensor([0.4, -0.1])
+
+    def net(x, t, y, s):  # F that makes f(x_t, t) = point
+        return (t.cos()[:, None] * x * cfg.sigma_d - point) / (t.sin()[:, None] * cfg.sigma_d)
+    for nfe in (1, 2, 4):
+        x = scm.sample(net, cfg.sigma_d * torch.randn(5, 2), None, nfe, cfg, draw(5))
+        assert torch.allclose(x, point.expand(5, 2).to(x.dtype), atol=1e-5)
+
+
+def test_sampling_times(ring):
+    """One step starts at arctan(80 / sigma_d); two at that and 1.1; further ones spread evenly below."""
+    cfg, seen = config(), []
+
+    def net(x, t, y, s):
+        seen.append(round(t[0].item(), 4))
+        return torch.zeros_like(x)
+    for nfe in (1, 2, 4):
+        scm.sample(net, torch.randn(3, 2), None, nfe, cfg, draw(3))
+    assert seen == [1.5645, 1.5645, 1.1, 1.5645, 1.1, 0.7333, 0.3667]

@@ -1,0 +1,81 @@
+"""The text itself: banners, budgets, width, unused imports, and the README's commands."""
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import common
+import scm
+
+ROOT = Path(common.__file__).parent
+SCRIPTS = [p for p in ("cm", "direct_cm", "multistep_cm", "sct", "scm") if (ROOT / f"{p}.py").exists()]
+BUDGET = dict(cm=300, multistep_cm=280, sct=300, scm=320, direct_cm=400, common=900, eval=320)
+BANNERS = ["imports", "Config", "PRESETS", "process: times and noise", "consistency function f", "loss", "sampler",
+           "train", "main"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_banners(script):
+    assert re.findall(r"^# -{20,} (.*)$", (ROOT / f"{script}.py").read_text(), re.M) == BANNERS
+
+
+@pytest.mark.parametrize("name", [n for n in BUDGET if (ROOT / f"{n}.py").exists()])
+def test_budgets(name):
+    text = (ROOT / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= BUDGET[name]
+    assert max(map(len, text.splitlines())) <= 110
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]), ids=lambda p: p.name)
+def test_no_unused_imports(path):
+    tree = ast.parse(path.read_text())
+    names = {(a.asname or a.name).split(".")[0] for node in ast.walk(tree)
+             if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert names <= used, names - used
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_help(script, capsys):
+    module = __import__(script)
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--tangent" in text or script != "scm"
+    assert all(mode in text for mode in module.LOSSES)
+
+
+def test_top_level():
+    names = {p.name for p in ROOT.iterdir() if p.name[0] not in "._" and p.name not in ("out", "data")}
+    assert names <= {"README.md", "requirements.txt", "tests", "common.py", "eval.py",
+                     *(f"{s}.py" for s in ("cm", "direct_cm", "multistep_cm", "sct", "scm"))}
+
+
+def readme_commands():
+    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if re.match(r"(python|torchrun .*) ?\w+\.py", line)]
+
+
+def test_readme_commands_run(folder, monkeypatch):
+    """Every training and sampling command of the README, in order, cut to two steps and small networks."""
+    commands = readme_commands()
+    assert len(commands) >= 5
+    for line in commands:
+        words = shlex.split(line.replace("PATH", str(folder)))
+        script = next(w for w in words if w.endswith(".py"))
+        if script == "eval.py" or words[0] == "torchrun" or "cifar10" in words:
+            continue
+        flags = words[words.index(script) + 1:]
+        if "--sample" not in flags:
+            cut = dict(steps=2, batch=8, channels=8, blocks=1, image_size=8, seed=0, overwrite="true")
+            names = [f"--{k}" for k in cut]
+            flags = [w for i, w in enumerate(flags) if w not in names and (not i or flags[i - 1] not in names)]
+            flags += [w for k, v in cut.items() for w in (f"--{k}", str(v)) if k != "channels" or "--teacher" not in flags]
+        __import__(Path(script).stem).main(flags)
