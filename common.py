@@ -8,12 +8,11 @@ One convention for every network and every teacher, TrigFlow's (sCM, Sec. 3):
     x_t = cos(t) x_0 + sin(t) z,  z ~ N(0, sigma_d^2 I)       F predicts (cos(t) z - sin(t) x_0) / sigma_d
 
 The other processes are the same curve in other coordinates (`to_trigflow`), so a teacher is anything with
-this signature: a checkpoint of ours, or the exact one of a Gaussian mixture (`RingTeacher`).
+this signature: a checkpoint of ours, or the exact one of a Gaussian mixture (`Ring`).
 """
 import argparse
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import inspect
 import io
@@ -47,9 +46,7 @@ def fail(message):
     raise SystemExit(2)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. config
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------- 1. config
 
 NET_FIELDS = ("image_size", "conditional", "channels", "channel_mult", "blocks", "attention",
               "emb", "emb_scale", "c_noise", "double_norm")
@@ -118,9 +115,7 @@ def init_path(values):
     return "" if path in ("none", "exact") else path
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. data
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------- 2. data
 
 class Draw:
     """Random numbers as a function of (seed, step, position in the global batch).
@@ -157,54 +152,50 @@ class Draw:
         """Integers in 0..high-1, (B,) int64."""
         return self._draw(torch.randint, high, (self.BLOCK,))
 
+    def labels(self, y, cfg):
+        """Labels as cfg wants them: None unless conditional, each dropped to -1 with label_dropout."""
+        return torch.where(self.uniform() < cfg.label_dropout, -1, y) if cfg.conditional else None
+
     def same_dropout(self):
         """Call before each pass that must use this step's dropout masks."""
         torch.manual_seed(self.dropout_seed)
 
 
-def dataset(cfg):
-    """The dataset that cfg names: an object with shape, classes, batch(gen) and to_uint8(x)."""
+def dataset(cfg, device="cpu"):
+    """The dataset that cfg names: an object with shape, classes and batch(gen)."""
     if cfg.dataset == "gmm":
-        return Ring(cfg)
-    builder = {"shapes": draw_shapes, "folder": read_folder, "cifar10": read_cifar10}[cfg.dataset]
-    return Images(cfg, *builder(cfg))
+        return Ring(cfg).to(device)
+    reader = {"shapes": draw_shapes, "folder": read_folder, "cifar10": read_cifar10}[cfg.dataset]
+    return Images(cfg, *reader(cfg))
 
 
-class Ring:
-    """Eight Gaussians on a ring in 2-D, class = component, every coordinate of standard deviation sigma_d."""
-    shape, classes, std = (2,), 8, 0.1  # std of a component in units of sigma_d
+class Ring(nn.Module):
+    """Eight Gaussians on a ring in 2-D, class = component, every coordinate of standard deviation sigma_d.
+
+    As a module it is its own exact teacher: F = E[cos(t) z - sin(t) x_0 | x_t] / sigma_d in closed form."""
+    shape, classes = (2,), 8
 
     def __init__(self, cfg):
-        self.cfg = cfg
+        super().__init__()
+        self.cfg, self.sigma_d, self.std = cfg, cfg.sigma_d, 0.1 * cfg.sigma_d  # std: of a component
         angle = torch.arange(8, dtype=torch.float64) * math.pi / 4
-        radius = math.sqrt(2 * (1 - self.std**2)) * cfg.sigma_d
-        self.mean = radius * torch.stack([angle.cos(), angle.sin()], dim=1)  # (8, 2)
+        radius = math.sqrt(2 * (self.sigma_d**2 - self.std**2))
+        self.register_buffer("mean", radius * torch.stack([angle.cos(), angle.sin()], dim=1))  # (8, 2)
 
     def batch(self, gen):
         """x0 (B, 2) float32; y (B,) int64, or None unless cfg.conditional."""
-        y = gen.index(self.classes)
-        x0 = self.mean.to(y.device)[y].float() + self.std * self.cfg.sigma_d * gen.normal(2)
-        return x0, _labels(y, self.cfg, gen)
-
-
-class RingTeacher(nn.Module):
-    """The exact F of the ring, E[cos(t) z - sin(t) x_0 | x_t] / sigma_d, in closed form; any float dtype."""
-
-    def __init__(self, ring):
-        super().__init__()
-        self.sigma_d, self.std = ring.cfg.sigma_d, ring.std * ring.cfg.sigma_d
-        self.register_buffer("mean", ring.mean)  # (8, 2)
+        y = gen.index(8)
+        return self.mean[y].float() + self.std * gen.normal(2), gen.labels(y, self.cfg)
 
     def forward(self, x, t, y=None, s=None):
-        mean, x_t = self.mean.to(x.dtype), x * self.sigma_d
         cos, sin = t.to(x.dtype).cos()[:, None, None], t.to(x.dtype).sin()[:, None, None]
-        variance = (cos * self.std)**2 + (sin * self.sigma_d)**2     # of x_t within a component
-        delta = x_t[:, None] - cos * mean                            # (B, 8, 2)
+        variance = (cos * self.std) ** 2 + (sin * self.sigma_d) ** 2            # of x_t within a component
+        delta = (x * self.sigma_d)[:, None] - cos * self.mean.to(x.dtype)       # (B, 8, 2)
         logits = -(delta**2).sum(2) / (2 * variance[:, :, 0])
-        if y is not None:                                            # y = -1 keeps all components
-            other = torch.arange(len(mean), device=x.device) != y[:, None]
+        if y is not None:                                                       # y = -1 keeps all components
+            other = torch.arange(8, device=x.device) != y[:, None]
             logits = logits.masked_fill(other & (y >= 0)[:, None], -math.inf)
-        x_0 = mean + cos * self.std**2 / variance * delta            # posterior means, one a component
+        x_0 = self.mean.to(x.dtype) + cos * self.std**2 / variance * delta      # posterior means by component
         z = sin * self.sigma_d**2 / variance * delta
         return (logits.softmax(1)[:, :, None] * (cos * z - sin * x_0)).sum(1) / self.sigma_d
 
@@ -227,18 +218,12 @@ class Images:
         """x0 (B, 3, H, W) float32; y (B,) int64, or None unless cfg.conditional."""
         index = gen.index(len(self.images)).cpu()
         pixels = torch.from_numpy(np.ascontiguousarray(self.images[index.numpy()])).to(gen.device)
-        return pixels.float() / 127.5 - 1, _labels(self.labels[index].to(gen.device), self.cfg, gen)
+        return pixels.float() / 127.5 - 1, gen.labels(self.labels[index].to(gen.device), self.cfg)
 
     @staticmethod
     def to_uint8(x):
         """(B, 3, H, W) in [-1, 1] -> uint8, rounded."""
         return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-
-
-def _labels(y, cfg, gen):
-    if not cfg.conditional:
-        return None
-    return torch.where(gen.uniform() < cfg.label_dropout, -1, y)
 
 
 def draw_shapes(cfg, count=8000):
@@ -259,8 +244,8 @@ def draw_shapes(cfg, count=8000):
 
 
 def read_folder(cfg):
-    """--data: class subfolders of images (torchvision's ImageFolder), or an EDM-style zip with dataset.json."""
-    root = Path(cfg.data or fail("--dataset folder needs --data PATH, a folder with class subfolders or a zip"))
+    """--data: class subfolders of images (torchvision's ImageFolder), or EDM's zip with dataset.json."""
+    root = Path(cfg.data or fail("--dataset folder needs --data PATH: class subfolders, or a zip"))
     if root.is_dir():
         names = sorted(str(p.relative_to(root)) for p in root.rglob("*")
                        if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"))
@@ -288,13 +273,13 @@ def read_folder(cfg):
         return np.asarray(image).transpose(2, 0, 1)  # (3, H, W)
 
     # Decoded once and memory-mapped afterwards: training reads rows of one array, whatever the source.
-    stat = root.stat()
-    key = repr((str(root.resolve()), stat.st_mtime_ns, names, cfg.image_size)).encode()
-    cache = Path("data/cache", f"{root.stem}-{cfg.image_size}-{hashlib.sha1(key).hexdigest()[:16]}.npy")
+    files = [(n, (root if archive else root / n).stat().st_mtime_ns) for n in names]
+    key = hashlib.sha1(repr((str(root.resolve()), files, cfg.image_size)).encode()).hexdigest()[:16]
+    cache = Path("data/cache", f"{root.stem}-{cfg.image_size}-{key}.npy")
     if not cache.exists() and RANK == 0:
         first = decode(names[0])
         if first.shape[1] != first.shape[2]:
-            fail(f"{names[0]} is {first.shape[2]}x{first.shape[1]}, not square: give --image_size to crop and resize")
+            fail(f"{names[0]} is not square: give --image_size to crop and resize")
         array = np.empty((len(names), *first.shape), np.uint8)
         for i, name in enumerate(tqdm(names, desc="decode", unit="img", leave=False, disable=None)):
             image = decode(name)
@@ -337,26 +322,22 @@ def read_cifar10(cfg):
             rows = rows.reshape(-1, 1 + 3 * 32 * 32)  # label, then R, G, B planes
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         fail(f"{path} is not CIFAR-10's binary archive, cifar-10-binary.tar.gz ({error})")
-    images = rows[:, 1:].reshape(-1, 3, 32, 32)
     if cfg.image_size not in (0, 32):
-        pictures = (Image.fromarray(image.transpose(1, 2, 0)) for image in images)
-        images = np.stack([np.asarray(centre_crop(p, cfg.image_size)).transpose(2, 0, 1) for p in pictures])
-    return images, rows[:, 0].astype(np.int64)
+        fail("--dataset cifar10 is 32 x 32 pixels; for other sizes unpack it and use --dataset folder")
+    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].astype(np.int64)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. networks: a small MLP, and EDM2's magnitude-preserving U-Net (Karras et al. 2024) written anew
-# ------------------------------------------------------------------------------------------------------------
+# ------- 3. networks: a small MLP, and EDM2's magnitude-preserving U-Net (Karras et al. 2024) written anew
 
 def pnorm(x, dim=1, eps=1e-4):
-    """Pixel normalization: unit root mean square along dim (EDM2, Eq. 30); the norm is taken in float32 or more."""
+    """Pixel normalization: unit root mean square along dim. The norm is taken in float32 or wider."""
     size = math.prod(x.shape[d] for d in ([dim] if isinstance(dim, int) else dim))
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide) / math.sqrt(size)
     return x * (1 / (eps + norm)).to(x.dtype)
 
 
-SILU = 1 / 0.596  # gain that restores unit variance after a SiLU (EDM2, Eq. 81), given to the layer that follows
+SILU = 1 / 0.596  # gain of the layer after a SiLU, restores unit variance (EDM2, Eq. 81)
 
 
 def mp_sum(a, b, t):
@@ -387,30 +368,32 @@ class MPConv(nn.Module):
 
 @torch.no_grad()
 def normalize_weights(net):
-    """EDM2's forced weight normalization, once after each optimizer step (not inside a pass: passes stay pure)."""
+    """EDM2's forced weight normalization (Eq. 66), after each optimizer step: inside a pass it would change
+    what the next pass of the same step computes."""
     for module in net.modules():
         if isinstance(module, MPConv):
             module.weight.copy_(pnorm(module.weight, tuple(range(1, module.weight.ndim))))
 
 
 def dropout(x, p, training):
-    """Dropout whose mask is drawn from the global generator alike with and without a JVP (Draw.same_dropout)."""
+    """Dropout that draws the same mask with and without a JVP (see Draw.same_dropout)."""
     return x * (torch.rand(x.shape, device=x.device) >= p).to(x.dtype) / (1 - p) if training and p else x
 
 
 class Embedding(nn.Module):
-    """Scalar -> features of unit variance, (B,) -> (B, dim), at the dtype of the network's parameters.
+    """Scalar (B,) -> features of unit variance (B, dim), in the dtype of the network's parameters.
 
-    kind 'positional': sin and cos at geometric frequencies scale ... scale/10000; 'fourier': random frequencies of
+    positional: cos and sin at geometric frequencies scale ... scale / 10000. fourier: random frequencies of
     standard deviation 2 pi scale (EDM2: scale 1). sCM (Sec. 4.1) finds large scales unstable.
     """
 
     def __init__(self, kind, dim, scale=1.0):
         super().__init__()
-        steps = torch.arange(dim // 2) / max(dim // 2 - 1, 1)
-        positional = kind == "positional"
-        freq = scale * 1e-4 ** steps.repeat(2) if positional else 2 * math.pi * scale * torch.randn(dim)
-        phase = torch.arange(2).repeat_interleave(dim // 2) * math.pi / 2 if positional else 2 * math.pi * torch.rand(dim)
+        if kind == "positional":
+            freq = (scale * 1e-4 ** (torch.arange(dim // 2) / (dim // 2 - 1))).repeat(2)
+            phase = (torch.arange(dim) >= dim // 2) * math.pi / 2  # cos, then sin
+        else:
+            freq, phase = 2 * math.pi * scale * torch.randn(dim), 2 * math.pi * torch.rand(dim)
         self.register_buffer("freq", freq)
         self.register_buffer("phase", phase)
 
@@ -430,8 +413,9 @@ class Conditioning(nn.Module):
         self.embed, self.linear = Embedding(emb, noise_dim, emb_scale), MPConv(noise_dim, dim)
         self.label = MPConv(classes, dim) if classes else None
         if guidance:
-            self.guidance, self.guidance_linear = Embedding("positional", noise_dim, 10.0), MPConv(noise_dim, dim)
-            self.guidance_gain = nn.Parameter(torch.zeros([]))  # 0: a net that starts from a teacher ignores s
+            self.guidance_embed = Embedding("positional", noise_dim, 10.0)
+            self.guidance_linear = MPConv(noise_dim, dim)
+            self.guidance_gain = nn.Parameter(torch.zeros([]))  # 0: starts as the teacher, which knows no s
         if head:
             self.head_embed, self.head_linear = Embedding("fourier", 128), MPConv(128, 1)
             self.head_gain = nn.Parameter(torch.zeros([]))      # 0: w(t) = 0 at the start
@@ -446,7 +430,7 @@ class Conditioning(nn.Module):
             onehot = tnf.one_hot(y + 1, self.classes + 1)[:, 1:].to(emb.dtype)  # y = -1: all zeros
             emb = mp_sum(emb, self.label(onehot * math.sqrt(self.classes)), 0.5)
         if s is not None:
-            emb = emb + self.guidance_linear(self.guidance(s)) * self.guidance_gain
+            emb = emb + self.guidance_linear(self.guidance_embed(s)) * self.guidance_gain
         return tnf.silu(emb) * SILU
 
     def weight(self, t):
@@ -458,9 +442,9 @@ class Conditioning(nn.Module):
 class Modulation(nn.Module):
     """The embedding acts on the channels of x (B, C, ...).
 
-    double_norm: norm(x) * pnorm(s(t)) + pnorm(b(t)), adaptive double normalization (sCM, Sec. 4.1), over sqrt(2)
-    so that EDM2's unit variance survives (# DEPARTS: the paper's formula has no such factor; its AdaGN nets need
-    none). Otherwise EDM2's own x * (1 + s(t)).
+    double_norm: norm(x) * pnorm(s(t)) + pnorm(b(t)), adaptive double normalization (sCM, Sec. 4.1); otherwise
+    EDM2's own x * (1 + s(t)).
+    # DEPARTS: the paper's formula over sqrt(2), which keeps the unit variance that EDM2's layers rely on.
     """
 
     def __init__(self, dim, channels, double_norm):
@@ -474,8 +458,8 @@ class Modulation(nn.Module):
         shape = (len(x), -1) + (1,) * (x.ndim - 2)
         if not self.double_norm:
             return x * (1 + self.linear(emb, self.gain)).view(shape).to(x.dtype)
-        scale, shift = (pnorm(v).view(shape).to(x.dtype) / math.sqrt(2) for v in self.linear(emb).chunk(2, dim=1))
-        return pnorm(x) * scale + shift
+        scale, shift = (pnorm(v) / math.sqrt(2) for v in self.linear(emb).chunk(2, dim=1))
+        return pnorm(x) * scale.view(shape).to(x.dtype) + shift.view(shape).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -483,8 +467,8 @@ class MLP(nn.Module):
 
     With return_w it also returns the weighting head's w(t) (B,), as does UNet."""
 
-    def __init__(self, shape, classes=0, channels=128, blocks=4, sigma_d=0.5, emb="positional", emb_scale=10.0,
-                 c_noise="t", double_norm=True, guidance=False, head=True, **image_options):
+    def __init__(self, shape, classes=0, channels=128, blocks=4, sigma_d=0.5, emb="positional",
+                 emb_scale=10.0, c_noise="t", double_norm=True, guidance=False, head=True, **image_options):
         super().__init__()
         self.cond = Conditioning(channels, 64, classes, sigma_d, emb, emb_scale, c_noise, guidance, head)
         self.double_norm, self.blocks = double_norm, blocks
@@ -496,7 +480,7 @@ class MLP(nn.Module):
     def forward(self, x, t, y=None, s=None, return_w=False):
         emb = self.cond(t, y, s)
         h = self.first(x.to(emb.dtype))
-        scale, shift = self.modulate(emb).view(len(x), 2, self.blocks, -1).unbind(1)       # (B, blocks, channels)
+        scale, shift = self.modulate(emb).view(len(x), 2, self.blocks, -1).unbind(1)  # (B, blocks, channels)
         scale, shift = (pnorm(scale, 2), pnorm(shift, 2)) if self.double_norm else (1 + scale, shift)
         for i, (inner, outer) in enumerate(zip(self.inner, self.outer)):
             h = h + outer(tnf.silu(pnorm(inner(h)) * scale[:, i] + shift[:, i]))
@@ -540,42 +524,41 @@ class UNet(nn.Module):
     """EDM2's U-Net: F (B, C, H, W) = net(x (B, C, H, W), t (B,), y (B,)); s (B,) is the guidance scale.
 
     The torso runs in `dtype`; parameters, embeddings and the output are float32 (float64 after .double()).
-    attention lists the resolutions with self-attention; dropout acts at resolutions up to dropout_res.
+    attention lists the resolutions with self-attention; dropout acts at 16 pixels and below.
     """
 
-    def __init__(self, shape, classes=0, channels=64, channel_mult=(1, 2), blocks=2, attention=(8,), dropout=0.0,
-                 sigma_d=0.5, emb="positional", emb_scale=1.0, c_noise="t", double_norm=True, guidance=False,
-                 head=True, dropout_res=16, dtype="fp32"):
+    def __init__(self, shape, classes=0, channels=64, channel_mult=(1, 2), blocks=2, attention=(8,),
+                 dropout=0.0, sigma_d=0.5, emb="positional", emb_scale=1.0, c_noise="t", double_norm=True,
+                 guidance=False, head=True, dtype="fp32"):
         super().__init__()
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
         widths, dim = [channels * m for m in channel_mult], channels * max(channel_mult)
         self.cond = Conditioning(dim, channels, classes, sigma_d, emb, emb_scale, c_noise, guidance, head)
 
-        def block(cin, cout, res, encoder, attend=None, resample=""):
-            attend = res in attention if attend is None else attend
-            return Block(cin, cout, dim, encoder, attend, resample, dropout * (res <= dropout_res), double_norm)
+        def block(cin, cout, encoder, attend, resample=""):
+            return Block(cin, cout, dim, encoder, attend, resample, dropout * (res <= 16), double_norm)
 
         res, width = shape[1], widths[0]
-        self.first = MPConv(shape[0] + 1, width, 3)                   # + a channel of ones, in place of biases
+        self.first = MPConv(shape[0] + 1, width, 3)  # + a channel of ones, in place of biases
         self.enc, skips = nn.ModuleList(), [width]
         for level, next_width in enumerate(widths):
             if level:
                 res //= 2
-                self.enc.append(block(width, width, res, True, False, "down"))
+                self.enc.append(block(width, width, True, False, "down"))
                 skips.append(width)
             for _ in range(blocks):
-                self.enc.append(block(width, next_width, res, True))
+                self.enc.append(block(width, next_width, True, res in attention))
                 width = next_width
                 skips.append(width)
-        self.mid = nn.ModuleList([block(width, width, res, False, True), block(width, width, res, False, False)])
+        self.mid = nn.ModuleList(block(width, width, False, attend) for attend in (True, False))
         self.dec = nn.ModuleList()
         for level, next_width in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
-                self.dec.append(block(width + skips.pop(), next_width, res, False))
+                self.dec.append(block(width + skips.pop(), next_width, False, res in attention))
                 width = next_width
             if level:
                 res *= 2
-                self.dec.append(block(width, width, res, False, False, "up"))
+                self.dec.append(block(width, width, False, False, "up"))
         self.last, self.out_gain = MPConv(width, shape[0], 3), nn.Parameter(torch.zeros([]))
 
     def forward(self, x, t, y=None, s=None, return_w=False):
@@ -611,9 +594,7 @@ def build(options, seed=0):
     return net
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. schedules and solvers
-# ------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------- 4. schedules and solvers
 
 def karras(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """n noise levels, descending, (n,) float64 (EDM, Eq. 5)."""
@@ -622,9 +603,8 @@ def karras(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
 
 
 def to_trigflow(x, alpha, sigma, sigma_d):
-    """x = alpha x_0 + sigma eps, eps ~ N(0, I) -> (x_t, t). EDM: alpha = 1; VP: alpha^2 + sigma^2 = 1 (sCM, App. B).
-
-    alpha, sigma: (B,). Nothing is divided by alpha, which vanishes at the noisy end of VP."""
+    """x = alpha x_0 + sigma eps, eps ~ N(0, I) -> (x_t, t) (sCM, App. B); alpha, sigma (B,), EDM: alpha = 1.
+    Nothing is divided by alpha, which vanishes at the noisy end of VP."""
     scale = sigma_d / torch.sqrt((alpha * sigma_d) ** 2 + sigma ** 2)
     return like(scale, x) * x, torch.atan2(sigma, alpha * sigma_d)
 
@@ -635,11 +615,11 @@ def like(v, x):
 
 
 def solve(net, x, times, y=None, sigma_d=0.5, solver="heun"):
-    """Integrate the PF-ODE dx/dt = sigma_d F(x / sigma_d, t) (sCM, Eq. 3) along descending angles `times` (n,).
+    """Integrate dx/dt = sigma_d F(x / sigma_d, t) (sCM, Eq. 3) along descending angles `times` (n,).
 
-    x (B, ...) is the state at times[0]; the result is the state at times[-1].
-    euler: Eq. 3 as it stands, order 1. ddim: exact while the predicted x_0 stays put, order 1; equals EDM's Euler.
-    heun: EDM's sampler = DPM-Solver-2S with the intermediate point at the end of the step, order 2, two network
+    x (B, ...) is the state at times[0], the result that at times[-1].
+    euler: Eq. 3 as it stands, order 1. ddim: exact while the predicted x_0 stays put, order 1; EDM's Euler.
+    heun: EDM's sampler, or DPM-Solver-2S with its inner point at the end of the step; order 2, two network
     calls a step; the step to t = 0 is a ddim step.
     """
     def F(x, t):
@@ -663,26 +643,21 @@ def ode_times(n, sigma_d):
     return torch.cat([torch.atan(karras(n) / sigma_d), torch.zeros(1, dtype=torch.float64)])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. JVP
-# ------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------- 5. JVP
 
 @torch.no_grad()
 def jvp(net, primals, tangents):
-    """(net(*primals), directional derivative along tangents) in one pass, without a graph. Pass the bare module:
+    """net(*primals) and its derivative along tangents, in one pass, without a graph. Takes the bare module:
     function transforms do not cross DistributedDataParallel."""
     return torch.func.jvp(net, primals, tangents)
 
 
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(c)) v for (B, heads, N, c), written out: PyTorch's fused kernels have no forward-mode
-    derivative."""
+    """softmax(q k^T / sqrt(c)) v for (B, heads, N, c), written out: PyTorch's fused kernels have no JVP."""
     return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1) @ v
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 6. run: processes, optimizer, EMA, checkpoints, log, pictures, metrics
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------- 6. run: processes, optimizer, EMA, checkpoints, log, pictures, metrics
 
 def barrier():
     if dist.is_initialized():
@@ -690,7 +665,7 @@ def barrier():
 
 
 def atomic_write(path, write):
-    """Call write(file) on a temporary file and move it into place: the old file stays whole until the new one is."""
+    """write(file) to a temporary file, then move it into place: the old one stays until the new is whole."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -721,13 +696,13 @@ def read_checkpoint(path):
 
 
 def load_net(path, data=None):
-    """EMA network of a run, frozen, in eval mode; ends the program if its data's shape or classes do not fit."""
+    """EMA network of a run, frozen, in eval mode; ends the program if it does not fit the data."""
     ckpt = read_checkpoint(path)
     options = ckpt["options"]
     if data and tuple(options["shape"]) != data.shape:
-        fail(f"{path} is a network for data of shape {tuple(options['shape'])}; this dataset has {data.shape}")
+        fail(f"{path} is a network for data of shape {tuple(options['shape'])}; this data has {data.shape}")
     if data and options["classes"] not in (0, data.classes):
-        fail(f"{path} is a network for {options['classes']} classes; this dataset has {data.classes}")
+        fail(f"{path} is a network for {options['classes']} classes; this data has {data.classes}")
     net = build(options)
     net.load_state_dict(ckpt["ema"])
     return net.eval().requires_grad_(False)
@@ -738,52 +713,44 @@ def load_teacher(cfg, data, device):
     if cfg.teacher == "exact" and cfg.dataset != "gmm":
         fail(f"--teacher exact knows only --dataset gmm, not {cfg.dataset}: give a run folder")
     if cfg.teacher == "exact":
-        return RingTeacher(data).to(device)
+        return data
     return load_net(cfg.teacher, data).to(device) if cfg.teacher else None
 
 
 def load_init(net, cfg, data):
-    """Start net from the EMA of --init or --teacher. The weighting head starts anew: it belongs to the loss."""
+    """Start net from the EMA of --init or --teacher. The weighting head, part of the loss, starts anew."""
     path = init_path(vars(cfg))
-    if not path:
-        return
-    weights = {k: v for k, v in load_net(path, data).state_dict().items() if ".head_" not in k}
-    try:
-        missing, unexpected = net.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        fail(f"{path} has another architecture than the flags ask for: {str(error).splitlines()[1]}")
-    missing = [k for k in missing if ".head_" not in k and ".guidance" not in k]
-    if missing or unexpected:
-        fail(f"{path} has another architecture than the flags ask for: {(missing + unexpected)[0]}")
+    if path:
+        state, old = net.state_dict(), load_net(path, data).state_dict()
+        new = {k for k in state if ".head_" in k or ".guidance" in k and k not in old}
+        keep = {k for k in state.keys() | old.keys() if k not in new and ".head_" not in k}
+        for k in sorted(keep):
+            if k not in state or k not in old or state[k].shape != old[k].shape:
+                fail(f"{path} has another architecture than the flags ask for (at {k})")
+        net.load_state_dict({k: old[k] if k in keep else state[k] for k in state})
 
 
 def make_optimizer(net, cfg):
     kinds = dict(adam=torch.optim.Adam, radam=torch.optim.RAdam)
-    return kinds[cfg.optimizer](net.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
+    return kinds[cfg.optimizer](net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=cfg.eps)
 
 
 def learning_rate(step, cfg):
-    """Linear warm-up, inverse square root beyond lr_ref (EDM2, Eq. 67), linear fall over the last lr_cooldown."""
+    """Linear warm-up, EDM2's inverse square root beyond lr_ref, linear fall over the last lr_cooldown."""
     lr = cfg.lr / math.sqrt(max(step / cfg.lr_ref, 1)) if cfg.lr_ref else cfg.lr
     lr *= min(1, (step + 1) / cfg.lr_warmup) if cfg.lr_warmup else 1
     left = (1 - step / cfg.steps) / cfg.lr_cooldown if cfg.lr_cooldown else 1
     return lr * min(1, left)
 
 
-@functools.lru_cache
-def power_gamma(sigma_rel):
-    """Exponent of the power-function EMA of relative width sigma_rel: the largest root of
-    gamma^3 + 7 gamma^2 + (16 - s^-2) gamma + (12 - s^-2) = 0 (EDM2, Eq. 126)."""
-    return max(np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2]).real)
-
-
 @torch.no_grad()
 def update_ema(ema, net, step, cfg):
-    """After step (from 1): power-function average (EDM2, Eq. 127), or one with a half-life in samples."""
+    """After step (from 1): the average of half-life ema_halflife, or EDM2's power function of relative width
+    ema_sigma_rel, with gamma the largest root of g^3 + 7 g^2 + (16 - width^-2) g + (12 - width^-2) = 0."""
+    beta = 0.5 ** (cfg.batch / cfg.ema_halflife)
     if cfg.ema_sigma_rel:
-        beta = (1 - 1 / step) ** (power_gamma(cfg.ema_sigma_rel) + 1)
-    else:
-        beta = 0.5 ** (cfg.batch / cfg.ema_halflife)
+        gamma = np.roots([1, 7, 16 - cfg.ema_sigma_rel**-2, 12 - cfg.ema_sigma_rel**-2]).real.max()
+        beta = (1 - 1 / step) ** (gamma + 1)
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
 
 
@@ -803,10 +770,10 @@ class Run:
         if WORLD > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
         if (self.out / "ckpt.pt").exists() and not cfg.resume and not cfg.overwrite:
-            fail(f"{self.out} holds a run already: --resume to continue it, --overwrite to replace it, or --out DIR")
+            fail(f"{self.out} holds a run already: --resume it, --overwrite it, or choose another --out")
         barrier()  # nobody writes before everybody has looked
         share, micro = cfg.batch // WORLD, cfg.micro or cfg.batch // WORLD
-        self.rows = [(RANK * share + i, RANK * share + i + micro) for i in range(0, share, micro)]  # of the batch
+        self.rows = [(RANK * share + i, RANK * share + i + micro) for i in range(0, share, micro)]
 
     def wrap(self, net):
         if WORLD == 1:
@@ -824,30 +791,34 @@ class Run:
         return value / WORLD
 
     def finite(self, *values):
-        """True if all are finite, alike on all processes. Otherwise the step is to be skipped; 50 running end it."""
+        """False if the step is to be skipped; 50 such steps running end the run."""
         self.bad = 0 if all(math.isfinite(v) for v in values) else self.bad + 1
         self.skipped += bool(self.bad)
         if self.bad == 50:
-            fail(f"50 steps running had a non-finite loss or gradient: stopped; {self.out}/ckpt.pt holds the last "
-                 "checkpoint (try a lower --lr, or --dtype fp32)")
+            fail(f"stopped: 50 steps running had a non-finite loss or gradient; {self.out} keeps the last "
+                 "checkpoint; try a lower --lr, or --dtype fp32")
         return not self.bad
 
     def resume(self, state):
         """Load everything in `state` from the checkpoint; the step to go on from."""
         ckpt = read_checkpoint(self.out)
-        for name, part in state.items():
-            part.load_state_dict(ckpt[name])
+        try:
+            for name, part in state.items():
+                part.load_state_dict(ckpt[name])
+        except (RuntimeError, KeyError, ValueError):
+            fail(f"{self.out} cannot be resumed with these flags: they change the network or the optimizer")
         self.began = time.time() - ckpt["seconds"]
         if RANK == 0:  # forget the lines that the checkpoint does not know
-            lines = (self.out / "log.jsonl").read_text().splitlines() if (self.out / "log.jsonl").exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= ckpt["step"]]
-            atomic_write(self.out / "log.jsonl", lambda file: file.write("".join(k + "\n" for k in kept).encode()))
+            path = self.out / "log.jsonl"
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            kept = b"".join(line for line in lines if json.loads(line)["step"] <= ckpt["step"])
+            atomic_write(path, lambda file: file.write(kept))
         return ckpt["step"]
 
     def start(self, state):
         """Write config.json and a first checkpoint, so that a run can be resumed from its first moment."""
         if RANK == 0:
-            text = json.dumps(dataclasses.asdict(self.cfg), indent=1)
+            text = json.dumps(vars(self.cfg), indent=1)
             atomic_write(self.out / "config.json", lambda file: file.write(text.encode()))
             atomic_write(self.out / "log.jsonl", lambda file: None)
         self.save(state, 0)
@@ -858,8 +829,8 @@ class Run:
         if RANK:
             return
         ckpt = {name: part.state_dict() for name, part in state.items()}
-        ckpt |= dict(script=Path(inspect.getfile(type(self.cfg))).stem, config=dataclasses.asdict(self.cfg),
-                     options=state["net"].options, step=step, rng=self.cfg.seed, seconds=time.time() - self.began)
+        ckpt |= dict(script=Path(inspect.getfile(type(self.cfg))).stem, config=vars(self.cfg), step=step,
+                     options=state["net"].options, rng=self.cfg.seed, seconds=time.time() - self.began)
         atomic_write(self.out / "ckpt.pt", lambda file: torch.save(ckpt, file))
 
     def steps(self, start):
@@ -877,40 +848,39 @@ class Run:
         seconds = time.time() - self.began
         line = json.dumps(dict(step=step, **values, skipped=self.skipped, seconds=round(seconds, 2),
                                samples_per_s=round(step * self.cfg.batch / seconds, 1)))
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(line + "\n")
+        try:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            fail(f"cannot write {self.out}/log.jsonl: {error}; the last checkpoint is untouched")
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k in ("loss", "mse")})
 
 
-# pictures
-
 def panels(columns, path):
-    """PNG of titled panels side by side. A value (N, 2) becomes a density, (N, 3, H, W) uint8 a grid of images."""
-    pictures = []
-    for title, value in columns.items():
-        picture = density(value) if value.ndim == 2 else grid(value)
-        canvas = Image.new("RGB", (picture.width + 8, picture.height + 28), "white")
-        canvas.paste(picture, (4, 24))
-        ImageDraw.Draw(canvas).text((canvas.width / 2, 12), title, "black", ImageFont.load_default(14), anchor="mm")
-        pictures.append(canvas)
-    sheet = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (sum(p.width for p in pictures[:i]), 0))
+    """PNG of titled panels side by side: points (N, 2) as a density, images (N, 3, H, W) uint8 as a grid."""
+    pictures = [density(value) if value.ndim == 2 else grid(value) for value in columns.values()]
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (len(pictures) * (width + 8), height + 28), "white")
+    for i, (title, picture) in enumerate(zip(columns, pictures)):
+        left = i * (width + 8) + 4
+        sheet.paste(picture, (left, 24))
+        pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+        pen.text((left + width / 2, 12), title, "black", font, anchor="mm")
     atomic_write(path, lambda file: sheet.save(file, "PNG"))
 
 
 def density(points, size=240, half=1.0):
-    """Points (N, 2) -> picture of their density on [-half, half]^2, white to dark blue on a square-root scale."""
+    """Points (N, 2) -> their density on [-half, half]^2, white to dark blue on a square-root scale."""
     counts, _, _ = np.histogram2d(*points.cpu().double().numpy().T, bins=size // 2, range=[[-half, half]] * 2)
     level = np.sqrt(np.minimum(counts / (20 * len(points) / (size / 2) ** 2), 1)).T[::-1, :, None]
     shade = 255 * (1 - level) + np.array([20, 40, 110]) * level
     return Image.fromarray(shade.astype(np.uint8)).resize((size, size), Image.NEAREST)
 
 
-def grid(images, columns=None):
-    """uint8 (N, 3, H, W) -> one picture, near-square unless columns is given; small images are enlarged."""
+def grid(images):
+    """uint8 (N, 3, H, W) -> one near-square picture; small images are enlarged."""
     n, c, h, w = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
+    columns = math.ceil(math.sqrt(n))
     sheet = np.full((-(-n // columns) * h, columns * w, c), 255, np.uint8)
     for i, image in enumerate(images.cpu().numpy()):
         top, left = i // columns * h, i % columns * w
@@ -919,52 +889,51 @@ def grid(images, columns=None):
     return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.NEAREST)
 
 
-# metrics and reports
-
 def energy_distance(a, b):
-    """2 E|A - B| - E|A - A'| - E|B - B'| over all pairs (the biased, never negative V-statistic); a, b (N, d)."""
+    """2 E|A - B| - E|A - A'| - E|B - B'| of points (N, d) over all pairs: the V-statistic, never negative."""
     a, b = a.double().cpu(), b.double().cpu()
     return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
 
 
-def noise_and_labels(cfg, data, n, conditional, seed=12345, device="cpu"):
-    """Initial noise ~ N(0, sigma_d^2 I) (n, *shape) and labels (--label, else 0, 1, 2, ... in turn; None if
-    unconditional), and the Draw that goes on with sample i's own random numbers whatever n is."""
-    gen = Draw(seed, 0, 0, n, device)
-    noise = cfg.sigma_d * gen.normal(*data.shape)
-    if not conditional:
-        return noise, None, gen
-    return noise, torch.arange(n, device=device) % data.classes if cfg.label < 0 else torch.full((n,), cfg.label), gen
+def noise_and_labels(cfg, net, lo, hi, seed, device):
+    """For samples lo..hi: noise ~ N(0, sigma_d^2 I) (n, *shape); labels (--label, else 0, 1, 2, ... in turn;
+    None if the net takes none); and the Draw that goes on with sample i's own numbers, whatever lo and hi."""
+    gen, classes = Draw(seed, 0, lo, hi, device), net.options["classes"]
+    noise = cfg.sigma_d * gen.normal(*net.options["shape"])
+    labels = torch.arange(lo, hi, device=device) % max(classes, 1)
+    labels = torch.full_like(labels, cfg.label) if cfg.label >= 0 else labels
+    return noise, labels if classes else None, gen
 
 
 @torch.no_grad()
-def report(cfg, run, step, sample, net, data, teacher, nfes):
+def report(cfg, run, step, sample, net, data, teacher, nfes=None):
     """Pictures and metrics.json of the EMA network at the end of training, and the lines that are printed.
 
-    2-D: energy distance of the samples at each number of network evaluations (NFE), of the exact ODE's samples and
-    of fresh data, all to fresh data; ODE error E = RMS per element between one-step samples and the exact PF-ODE
-    solution from the same noise. Images: the teacher's Heun samples beside the few-step ones, same noise.
+    2-D: energy distance to fresh data of the samples at each number of network evaluations (NFE), of the
+    exact ODE's and of other data; ODE error E = RMS per element between the samples of nfes[0] evaluations
+    and the exact solution from the same noise. Images: the teacher's Heun samples and those of each NFE.
     """
     if RANK:
         return
-    toy, conditional = len(data.shape) == 1, net.options["classes"] > 0
+    nfes = nfes or ((35,) if cfg.mode == "diffusion" else (1, 2))
+    toy = len(data.shape) == 1
     n = 5000 if toy else 36
-    noise, y, gen = noise_and_labels(cfg, data, n, conditional, device=run.device)
+    noise, y, gen = noise_and_labels(cfg, net, 0, n, 12345, run.device)
     columns, metrics = {}, dict(seconds=round(time.time() - run.began, 1), steps=step)
     if toy:
-        fresh = [data.batch(Draw(cfg.seed, 2**32 + i, 0, n))[0] for i in (0, 1)]  # steps no training reaches
-        exact = solve(RingTeacher(data), noise.double().cpu(), ode_times(512, cfg.sigma_d), y, cfg.sigma_d)
+        fresh = [data.batch(Draw(cfg.seed, 2**32 + i, 0, n, run.device))[0] for i in (0, 1)]  # past any step
+        exact = solve(data, noise.double(), ode_times(512, cfg.sigma_d), y, cfg.sigma_d)
         columns = {"data": fresh[0], "exact ODE": exact}
         distance = {"ode": energy_distance(exact, fresh[0]), "data": energy_distance(fresh[1], fresh[0])}
     elif teacher:
         ode = solve(teacher, noise, ode_times(18, cfg.sigma_d), y, cfg.sigma_d)
-        columns = {"teacher, 35 NFE": data.to_uint8(ode)}
+        columns = {"teacher, 35 NFE": Images.to_uint8(ode)}
     for nfe in nfes:
         x = sample(net, noise, y, nfe, cfg, gen)
-        columns[f"{cfg.mode}, {nfe} NFE"] = x.cpu() if toy else data.to_uint8(x)
+        columns[f"{cfg.mode}, {nfe} NFE"] = x if toy else Images.to_uint8(x)
         if toy:
             distance[str(nfe)] = energy_distance(x, fresh[0])
-            metrics.setdefault("ode_error", float((x.cpu().double() - exact).square().mean().sqrt()))
+            metrics.setdefault("ode_error", float((x.double() - exact).square().mean().sqrt()))
     panels(columns, run.out / f"samples-{step:06d}.png")
     if toy:
         metrics["energy_distance"] = distance
@@ -980,18 +949,18 @@ def write_samples(cfg, sample):
     """--sample N --nfe K: a grid (.png), or ADM's .npz (arr_0 uint8 NHWC or float points, arr_1 labels)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = load_net(cfg.out).to(device)
-    shape, classes = tuple(net.options["shape"]), net.options["classes"]
-    if cfg.label >= max(classes, 1) or cfg.label >= 0 and not classes:
-        fail(f"--label {cfg.label}: " + (f"the classes are 0..{classes - 1}" if classes else "the model is unconditional"))
-    data = argparse.Namespace(shape=shape, classes=classes)
-    noise, y, gen = noise_and_labels(cfg, data, cfg.sample, classes > 0, cfg.seed, device)
+    toy, classes = len(net.options["shape"]) == 1, net.options["classes"]
+    if cfg.label >= 0 and cfg.label >= classes:
+        valid = f"the classes are 0..{classes - 1}" if classes else "the network has no classes"
+        fail(f"--label {cfg.label}: {valid}")
+    noise, y, gen = noise_and_labels(cfg, net, 0, cfg.sample, cfg.seed, device)
     x = sample(net, noise, y, cfg.nfe, cfg, gen).cpu()
     path = Path(cfg.save or f"{cfg.out}/samples.png")
-    values = x if len(shape) == 1 else Images.to_uint8(x)
+    values = x if toy else Images.to_uint8(x)
     if path.suffix == ".png":
         panels({f"{cfg.sample} samples, {cfg.nfe} NFE": values}, path)
     else:
         labels = {} if y is None else dict(arr_1=y.cpu().numpy())
-        arrays = values.numpy() if len(shape) == 1 else values.permute(0, 2, 3, 1).numpy()
+        arrays = values.numpy() if toy else values.permute(0, 2, 3, 1).numpy()
         atomic_write(path, lambda file: np.savez(file, arr_0=arrays, **labels))
     print(f"wrote {path}")

@@ -1,5 +1,4 @@
 """sCM: simple, stable and scalable continuous-time consistency models, in one file.
-
 Lu & Song, "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", 2024.
 
 TrigFlow          x_t = cos(t) x_0 + sin(t) z,  z ~ N(0, sigma_d^2 I),  t in [0, pi/2]             Sec. 3
@@ -9,9 +8,8 @@ consistency       f(x_t, t) = cos(t) x_t - sin(t) sigma_d F(x_t / sigma_d, t)   
 tangent           df/dt = -cos(t) (sigma_d F - dx_t/dt) - sin(t) (x_t + sigma_d dF/dt)             Eq. 6
 loss              e^w(t) / D || F - F^- - g ||^2 - w(t),  g = cos(t) df^-/dt, normalized           Eq. 8
 F^- is F under stop-gradient; dx_t/dt is the teacher's (scd) or, unbiased, v_t (sct); dF/dt is one JVP.
-
-The tangent is normalized as g / (rms(g) + c). The paper prints a plain norm; the root mean square makes c = 0.1
-mean the same at every resolution. The two differ by a factor sqrt(D) in g (and in c), which w(t) absorbs.
+Normalized is g / (rms(g) + c). The paper prints a plain norm; with the root mean square, c = 0.1 means the
+same at every resolution. The two differ by sqrt(D) in g (and in c), which w(t) absorbs.
 
     python scm.py                                               toy: 8 Gaussians, exact teacher
     python scm.py --dataset folder --data PATH --image_size 16 --mode diffusion --out out/teacher
@@ -51,8 +49,7 @@ class Config:
     lr_warmup: int = 0  # steps of linear warm-up; 0 = off
     lr_ref: int = 0  # steps after which lr falls with the inverse square root; 0 = off
     lr_cooldown: float = 0.0  # last share of the steps, in which lr falls linearly to 0; 0 = off
-    beta1: float = 0.9  # Adam's first moment
-    beta2: float = 0.99  # Adam's second moment
+    beta2: float = 0.99  # Adam's second moment; the first is 0.9
     eps: float = 1e-8  # Adam's epsilon
     clip: float = 0.0  # gradient norm clipping; 0 = off
     dropout: float = 0.0  # in residual blocks at 16 pixels and below; 0 = off
@@ -97,16 +94,15 @@ PRESETS = {
     # optimal e^w = 1/residual grows there without bound and drowns the large t. Data has a noise floor.
     "gmm": dict(teacher="exact", lr_cooldown=0.3, channels=128, blocks=4, emb_scale=10.0, warmup=1000,
                 tangent_c=1.0, weighting="none"),
-    "shapes": dict(image_size=16, conditional=True, channels=32, steps=2000, batch=128, lr_cooldown=0.3,
-                   warmup=500, save_every=500),
-    "folder": dict(conditional=True, steps=8000, batch=128, lr_cooldown=0.3, warmup=1000),
-    # Unconditional CIFAR-10, FID of 1 / 2 steps: sct 2.85 / 2.06, scd 3.66 / 2.52, teacher 2.15 (35 NFE).
-    # DEPARTS: the paper's DDPM++ there is a U-Net of EDM2's kind here, at about its size.
+    "shapes": dict(image_size=16, conditional=True, channels=32, blocks=1, steps=1000, batch=64, warmup=200),
+    "folder": dict(conditional=True, steps=1000, batch=128, lr=2e-3, lr_cooldown=0.5, blocks=1, warmup=200),
+    ("folder", "diffusion"): dict(lr=1e-2, steps=3000, label_dropout=0.1, P_mean=-1.2, P_std=1.2),
+    # FID of 1 / 2 steps: sct 2.85 / 2.06, scd 3.66 / 2.52; teacher 2.15. # DEPARTS: EDM2's U-Net, not DDPM++
     "cifar10": dict(batch=512, steps=400_000, lr=1e-4, optimizer="radam", ema_sigma_rel=0.0, channels=128,
                     channel_mult=(1, 2, 2), blocks=3, attention=(16,), save_every=2500),
-    ("cifar10", "diffusion"): dict(lr=1e-3, optimizer="adam", beta2=0.999, dropout=0.13, P_mean=-1.2, P_std=1.2),
+    ("cifar10", "diffusion"): dict(lr=1e-2, lr_ref=35_000, optimizer="adam", dropout=0.13,  # EDM2's lr
+                                   P_mean=-1.2, P_std=1.2),
     ("cifar10", "sct"): dict(dropout=0.2),
-    ("folder", "diffusion"): dict(label_dropout=0.1, P_mean=-1.2, P_std=1.2),
 }
 
 
@@ -121,6 +117,10 @@ def sample_t(gen, cfg):
     return torch.atan(tau.exp() / cfg.sigma_d)
 
 
+def warmup(step, cfg):
+    return min(1, step / cfg.warmup) if cfg.warmup else 1  # r: fades in the unstable half of the tangent
+
+
 def diffuse(x0, t, gen, cfg):
     """x_t and its velocity along the sample's own path, v_t = cos(t) z - sin(t) x_0."""
     z = cfg.sigma_d * gen.normal(*x0.shape[1:])
@@ -129,18 +129,13 @@ def diffuse(x0, t, gen, cfg):
 
 
 def sample_neighbours(gen, cfg):
-    """Neighbours t > t' of EDM's grid with N intervals (t_0 = 0), by the proposal's mass between them (App. E)."""
+    """Neighbours t > t' on EDM's grid of N intervals, t_0 = 0, by the proposal's mass between (App. E)."""
     sigma = common.karras(cfg.intervals + 1).flip(0)                       # ascending, (N + 1,)
     mass = torch.erf((sigma.log() - cfg.P_mean) / (math.sqrt(2) * cfg.P_std)).diff().cumsum(0)
     i = torch.searchsorted(mass.to(gen.device), gen.uniform() * mass[-1])  # 0..N-1
     times = torch.atan(sigma / cfg.sigma_d).to(gen.device)
     times[0] = 0
     return times[i + 1], times[i]
-
-
-def tangent_warmup(step, cfg):
-    """r: 0 -> 1 over the first `warmup` steps (Sec. 4.2)."""
-    return min(1, step / cfg.warmup) if cfg.warmup else 1
 
 
 # ----------------------------------------------------------------------------------- consistency function f
@@ -176,32 +171,30 @@ def teacher_velocity(teacher, x_t, t, y, s, cfg):
     return cfg.sigma_d * F
 
 
-def guidance_scale(gen, cfg):
-    """s ~ U[1, guidance_max], an input of the network (Sec. 5.2); None if off."""
-    return 1 + (cfg.guidance_max - 1) * gen.uniform() if cfg.guidance_max > 1 else None
-
-
-def tangent(target, x_t, t, y, s, dxdt, r, cfg):
-    """F^- and g = cos(t) df^-/dt of Eq. 6, with r from tangent warm-up; one JVP gives both.
+def tangent(target, x_t, t, y, s, dxdt, step, cfg, gen):
+    """F^- and g = cos(t) df^-/dt of Eq. 6; one JVP gives both.
 
     Rearranged (Sec. 5.1): the tangent that enters the network already carries cos(t) sin(t), which keeps what
     flows through it bounded at both ends. The network's input is x_t / sigma_d, hence the division.
     """
-    cos, sin = like(t.cos(), x_t), like(t.sin(), x_t)
+    cos, sin, r = like(t.cos(), x_t), like(t.sin(), x_t), warmup(step, cfg)
+    gen.same_dropout()
     F, cos_sin_dF = common.jvp(lambda x, t: target(x, t, y, s), (x_t / cfg.sigma_d, t),
                                (cos * sin * dxdt / cfg.sigma_d, t.cos() * t.sin()))
     return F, -cos**2 * (cfg.sigma_d * F - dxdt) - r * (cos * sin * x_t + cfg.sigma_d * cos_sin_dF)
 
 
 @torch.no_grad()
-def discrete_tangent(target, x_t, t, t_next, y, s, dxdt, r, cfg, gen):
+def discrete_tangent(target, x_t, t, t_next, y, s, dxdt, step, cfg, gen):
     """The same with (f^-(x_t, t) - f^-(x_t', t')) / sin(t - t') for df^-/dt, t' < t (App. E)."""
     cos, sin = like((t - t_next).cos(), x_t), like((t - t_next).sin(), x_t)
     x_next = cos * x_t - sin * dxdt                                       # one teacher step, DDIM
+    gen.same_dropout()
     F = target(x_t / cfg.sigma_d, t, y, s)
     gen.same_dropout()
     dF = (cos * F - target(x_next / cfg.sigma_d, t_next, y, s)) / sin     # -> dF/dt as t' -> t
-    df = -like(t_next.cos(), x_t) * (cfg.sigma_d * F - dxdt) - r * like(t_next.sin(), x_t) * (x_t + cfg.sigma_d * dF)
+    cos, sin, r = like(t_next.cos(), x_t), like(t_next.sin(), x_t), warmup(step, cfg)
+    df = -cos * (cfg.sigma_d * F - dxdt) - r * sin * (x_t + cfg.sigma_d * dF)
     return F, like(t.cos(), x_t) * df
 
 
@@ -212,7 +205,7 @@ def normalize(g, cfg):
 
 
 def consistency(net, x_t, t, y, s, F_minus, g, cfg, gen):
-    """Eq. 8. The second, ordinary forward pass: same dropout masks, so F = F^- and only -g remains of the error."""
+    """Eq. 8. A second, ordinary forward pass with the same dropout masks: F = F^-, so the error is -g."""
     gen.same_dropout()
     F, w = net(x_t / cfg.sigma_d, t, y, s, return_w=True)
     loss, info = weighted(F - F_minus - normalize(g, cfg), w)
@@ -223,10 +216,9 @@ def scd(net, target, teacher, x0, y, step, cfg, gen):
     """Consistency distillation: dx_t/dt from the teacher."""
     t = sample_t(gen, cfg)
     x_t, _ = diffuse(x0, t, gen, cfg)
-    s = guidance_scale(gen, cfg)
+    s = 1 + (cfg.guidance_max - 1) * gen.uniform() if cfg.guidance_max > 1 else None
     dxdt = teacher_velocity(teacher, x_t, t, y, s, cfg)
-    gen.same_dropout()
-    F_minus, g = tangent(target, x_t, t, y, s, dxdt, tangent_warmup(step, cfg), cfg)
+    F_minus, g = tangent(target, x_t, t, y, s, dxdt, step, cfg, gen)
     return consistency(net, x_t, t, y, s, F_minus, g, cfg, gen)
 
 
@@ -234,8 +226,7 @@ def sct(net, target, teacher, x0, y, step, cfg, gen):
     """Consistency training: dx_t/dt is v_t, whose mean given x_t is the PF-ODE's."""
     t = sample_t(gen, cfg)
     x_t, v_t = diffuse(x0, t, gen, cfg)
-    gen.same_dropout()
-    F_minus, g = tangent(target, x_t, t, y, None, v_t, tangent_warmup(step, cfg), cfg)
+    F_minus, g = tangent(target, x_t, t, y, None, v_t, step, cfg, gen)
     return consistency(net, x_t, t, y, None, F_minus, g, cfg, gen)
 
 
@@ -243,10 +234,9 @@ def dscd(net, target, teacher, x0, y, step, cfg, gen):
     """Distillation between neighbours of a grid of N intervals, the discrete-time twin of scd (App. E)."""
     t, t_next = sample_neighbours(gen, cfg)
     x_t, _ = diffuse(x0, t, gen, cfg)
-    s = guidance_scale(gen, cfg)
+    s = 1 + (cfg.guidance_max - 1) * gen.uniform() if cfg.guidance_max > 1 else None
     dxdt = teacher_velocity(teacher, x_t, t, y, s, cfg)
-    gen.same_dropout()
-    F_minus, g = discrete_tangent(target, x_t, t, t_next, y, s, dxdt, tangent_warmup(step, cfg), cfg, gen)
+    F_minus, g = discrete_tangent(target, x_t, t, t_next, y, s, dxdt, step, cfg, gen)
     return consistency(net, x_t, t, y, s, F_minus, g, cfg, gen)
 
 
@@ -256,13 +246,11 @@ LOSSES = {"diffusion": diffusion, "scd": scd, "sct": sct, "dscd": dscd}
 # ------------------------------------------------------------------------------------------------- sampler
 @torch.no_grad()
 def sample(net, noise, y, nfe, cfg, gen):
-    """noise ~ N(0, sigma_d^2 I) (B, ...) at t_max -> x_0 (B, ...). One step is f itself; a second starts from fresh
-    noise at t = 1.1 (Sec. 5.2), further ones at times spread evenly below (# DEPARTS: the paper names none).
-    A diffusion model is solved by Heun with at most nfe evaluations."""
+    """noise ~ N(0, sigma_d^2 I) (B, ...) at t_max -> x_0. A second step starts from fresh noise at t = 1.1
+    (Sec. 5.2). # DEPARTS: further ones are spread evenly below 1.1, the paper names none."""
     if cfg.mode == "diffusion":
         return common.solve(net, noise, common.ode_times((nfe + 1) // 2, cfg.sigma_d), y, cfg.sigma_d)
-    s = noise.new_full(noise.shape[:1], cfg.guidance) if cfg.guidance_max > 1 else None
-    x = noise
+    x, s = noise, noise.new_full(noise.shape[:1], cfg.guidance) if cfg.guidance_max > 1 else None
     for i in range(nfe):
         t = torch.full(noise.shape[:1], cfg.mid_t * (nfe - i) / (nfe - 1) if i else t_max(cfg),
                        dtype=torch.float64, device=noise.device)
@@ -275,9 +263,10 @@ def sample(net, noise, y, nfe, cfg, gen):
 # --------------------------------------------------------------------------------------------------- train
 def train(cfg):
     run = common.Run(cfg)
-    data = common.dataset(cfg)
+    data = common.dataset(cfg, run.device)
     teacher = common.load_teacher(cfg, data, run.device)
-    net = common.network(cfg, data, head=cfg.weighting == "adaptive", guidance=cfg.guidance_max > 1)  # <- method
+    options = dict(head=cfg.weighting == "adaptive", guidance=cfg.guidance_max > 1)  # <- method
+    net = common.network(cfg, data, **options)
     common.load_init(net, cfg, data)
     net.to(run.device)
     target = net  # <- method: the live network itself is the stop-gradient branch
@@ -308,15 +297,13 @@ def train(cfg):
             common.update_ema(ema, net, step + 1, cfg)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
             run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
         if done % cfg.save_every == 0 or done == cfg.steps:
             run.save(state, done)
         if done % cfg.sample_every == 0 or done == cfg.steps:
-            nfes = (35,) if cfg.mode == "diffusion" else (1, 2)
-            common.report(cfg, run, done, sample, ema, data, teacher, nfes)
+            common.report(cfg, run, done, sample, ema, data, teacher)
 
 
 # ---------------------------------------------------------------------------------------------------- main
@@ -326,7 +313,7 @@ def main(argv=None):
         common.fail(f"--mode {cfg.mode} distills a teacher: give --teacher RUN (or exact, for gmm)")
     if cfg.guidance_max > 1 and not cfg.conditional:
         common.fail("--guidance_max above 1 needs a class-conditional network: --conditional")
-    common.write_samples(cfg, sample) if cfg.sample else train(cfg)
+    train(cfg) if not cfg.sample else common.write_samples(cfg, sample)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def test_bad_checkpoints(train, folder, capsys):
     train(*TOY, "--steps", 1, "--out", "toy")
     good = Path("toy/ckpt.pt").read_bytes()
     words = ["--sample", 4, "--out", "toy"]
-    assert "unconditional" in fails(capsys, *words, "--label", 3)
+    assert "no classes" in fails(capsys, *words, "--label", 3)
     assert "holds a run already" in fails(capsys, "--out", "toy")
     images = ["--dataset", "folder", "--data", folder, "--channels", 8, "--blocks", 1, "--batch", 8, "--steps", 1]
     assert "shape" in fails(capsys, *images, "--teacher", "toy", "--out", "x")

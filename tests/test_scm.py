@@ -10,7 +10,7 @@ import scm
 
 
 def config(**values):
-    return scm.Config(**scm.PRESETS["gmm"] | values)
+    return scm.Config(**scm.PRESETS["gmm"] | dict(warmup=0) | values)
 
 
 def draw(n=64, step=0):
@@ -43,7 +43,7 @@ def test_rearranged_jvp_is_the_plain_tangent(ring):
     x_t = 0.5 * torch.randn(16, 2).double()
     dxdt = scm.teacher_velocity(teacher, x_t, t, None, None, cfg)
     _, df = common.jvp(lambda x, t: scm.f(net, x, t, None, cfg), (x_t, t), (dxdt, torch.ones_like(t)))
-    _, g = scm.tangent(net, x_t, t, None, None, dxdt, 1.0, cfg)
+    _, g = scm.tangent(net, x_t, t, None, None, dxdt, 0, cfg, draw())
     assert torch.allclose(g, t.cos()[:, None] * df, atol=1e-10)
 
 
@@ -52,12 +52,13 @@ def test_discrete_tangent_tends_to_the_continuous(ring):
     cfg, _, teacher = ring
     net, t = toy_net(), torch.linspace(0.1, 1.5, 16).double()
     x_t = 0.5 * torch.randn(16, 2).double()
-    for r in (0.0, 0.4, 1.0):
+    for step in (0, 40, 100):  # r = 0, 0.4, 1
+        cfg = config(warmup=100)
         dxdt = scm.teacher_velocity(teacher, x_t, t, None, None, cfg)
-        F, g = scm.tangent(net, x_t, t, None, None, dxdt, r, cfg)
+        F, g = scm.tangent(net, x_t, t, None, None, dxdt, step, cfg, draw())
         error = []
         for h in (1e-3, 1e-4):
-            F_d, g_d = scm.discrete_tangent(net, x_t, t, t - h, None, None, dxdt, r, cfg, draw())
+            F_d, g_d = scm.discrete_tangent(net, x_t, t, t - h, None, None, dxdt, step, cfg, draw())
             assert torch.equal(F, F_d)
             error.append((g_d - g).abs().max().item())
         assert error[1] < 0.15 * error[0] and error[1] < 1e-2
@@ -69,7 +70,7 @@ def test_discrete_tangent_is_the_difference_of_f(ring):
     net, t, s = toy_net(), torch.tensor([0.4, 1.2]).double(), torch.tensor([0.0, 1.0]).double()
     x_t = 0.5 * torch.randn(2, 2).double()
     dxdt = scm.teacher_velocity(teacher, x_t, t, None, None, cfg)
-    _, g = scm.discrete_tangent(net, x_t, t, s, None, None, dxdt, 1.0, cfg, draw())
+    _, g = scm.discrete_tangent(net, x_t, t, s, None, None, dxdt, 0, cfg, draw())
     x_s = torch.cat([common.solve(teacher, x_t[i:i + 1], torch.stack([t[i], s[i]]), solver="ddim") for i in (0, 1)])
     df = (scm.f(net, x_t, t, None, cfg) - scm.f(net, x_s, s, None, cfg)) / torch.sin(t - s)[:, None]
     assert torch.allclose(g, t.cos()[:, None] * df, atol=1e-10)
@@ -103,7 +104,7 @@ def test_exact_consistency_function_has_no_tangent():
     cos, sin = t.cos()[:, None], t.sin()[:, None]
     slope = cos * sin * (cfg.sigma_d**2 - s**2) / std(t) ** 2
     dxdt = -sin * m + slope * (x_t - cos * m)
-    _, g = scm.tangent(exact, x_t, t, None, None, dxdt, 1.0, cfg)
+    _, g = scm.tangent(exact, x_t, t, None, None, dxdt, 0, cfg, draw())
     assert g.abs().max() < 1e-10
 
 
@@ -115,14 +116,14 @@ def test_sct_gradient_is_an_unbiased_scd_gradient(ring):
     x_t = 0.4 * torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double()
 
     def posterior(x_t, t, n, generator):  # x0 ~ p(x0 | x_t): a component, then its Gaussian
-        cos, sin, s = t.cos(), t.sin(), data.std * cfg.sigma_d
+        cos, sin, s = t.cos(), t.sin(), data.std
         variance, delta = (cos * s) ** 2 + (sin * cfg.sigma_d) ** 2, x_t - t.cos() * data.mean
         k = torch.multinomial(torch.softmax(-delta.square().sum(1) / (2 * variance), 0), n, True, generator=generator)
         noise = torch.randn(n, 2, generator=generator).double()
         return (data.mean + cos * s**2 / variance * delta)[k] + s * sin * cfg.sigma_d / variance.sqrt() * noise
 
     def gradient(x_t, t, dxdt):
-        F, g = scm.tangent(net, x_t, t, None, None, dxdt, 1.0, cfg)
+        F, g = scm.tangent(net, x_t, t, None, None, dxdt, 0, cfg, draw())
         loss, _ = scm.consistency(net, x_t, t, None, None, F, g, cfg, draw())
         grads = torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad], allow_unused=True)
         return torch.cat([g.flatten() for g in grads if g is not None])
@@ -153,10 +154,10 @@ def test_warmup_fades_in_the_unstable_half():
     """r = 0 leaves -cos^2 (sigma_d F - dx/dt) alone; r runs linearly to 1."""
     cfg = config(warmup=100)
     net, t, x_t, dxdt = toy_net(), torch.rand(4).double(), torch.randn(4, 2).double(), torch.randn(4, 2).double()
-    F, g = scm.tangent(net, x_t, t, None, None, dxdt, 0.0, cfg)
+    F, g = scm.tangent(net, x_t, t, None, None, dxdt, 0, cfg, draw())
     assert torch.allclose(g, -t.cos()[:, None] ** 2 * (cfg.sigma_d * F - dxdt))
-    assert [scm.tangent_warmup(k, cfg) for k in (0, 50, 100, 200)] == [0, 0.5, 1, 1]
-    assert scm.tangent_warmup(0, config(warmup=0)) == 1
+    assert [scm.warmup(k, cfg) for k in (0, 50, 100, 200)] == [0, 0.5, 1, 1]
+    assert scm.warmup(0, config(warmup=0)) == 1
 
 
 @pytest.mark.parametrize("mode", ["scd", "sct", "dscd"])
