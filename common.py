@@ -60,13 +60,13 @@ def parse_args(Config, presets, modes, argv=None):
     script = Path(inspect.getfile(Config)).stem
     parser = argparse.ArgumentParser(script + ".py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
                                      description="modes: " + ", ".join(modes))
-    parser.error = fail
+    parser.error, read = fail, {bool: _bool, tuple: _numbers}
     for name, field in fields.items():
         default = ",".join(map(str, field.default)) if field.type is tuple else field.default
         choices = typing.get_args(field.type) or None
         parser.add_argument("--" + name, choices=choices, metavar=name.upper(),
                             help=f"{comment[name]} [{default}]".replace("%", "%%"),
-                            type=str if choices else {bool: _bool, tuple: _ints}.get(field.type, field.type),
+                            type=str if choices else read.get(field.type, field.type),
                             **(dict(nargs="?", const=True) if field.type is bool else {}))
     flags, unknown = parser.parse_known_args(argv)
     flags = vars(flags)
@@ -75,7 +75,7 @@ def parse_args(Config, presets, modes, argv=None):
     flags.setdefault("out", f"out/{script}")
 
     stored = {}
-    if flags.get("resume") or flags.get("sample"):
+    if {"resume", "sample", "edit", "search"} & flags.keys():
         ckpt = read_checkpoint(flags["out"])
         if ckpt["script"] != script:
             fail(f"{flags['out']} was written by {ckpt['script']}.py: run that script with it")
@@ -105,8 +105,8 @@ def _bool(text):
     return text.lower() in ("true", "1", "yes")
 
 
-def _ints(text):
-    return tuple(int(part) for part in text.split(",") if part)
+def _numbers(text):
+    return tuple(int(part) if part.isdigit() else float(part) for part in text.split(",") if part)
 
 
 def init_path(values):
@@ -299,6 +299,42 @@ def centre_crop(image, size):
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def read_image(path, shape):
+    """Image file -> (1, C, H, W) in [-1, 1], None for ''; ends the program unless it has the right size."""
+    if not path:
+        return None
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        fail(f"cannot read the image {path}: {error}")
+    if image.size != tuple(shape[2:0:-1]) or image.mode not in ("RGB", "L", "1"):
+        found = f"{image.width}x{image.height} {image.mode}"
+        fail(f"{path} is {found}; the network needs {shape[2]}x{shape[1]} RGB or L")
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def operator(name, shape, mask=None, p=4):
+    """Orthonormal A on images (B, C, H, W), its inverse, and which coefficients of A x the input knows: for
+    inpaint where mask (1, 3, H, W) > 0, for colorize the luma, for superres the means of p x p patches."""
+    def basis(first):  # orthonormal, its first column along `first`
+        columns = torch.eye(len(first))
+        columns[:, 0] = first
+        Q, R = torch.linalg.qr(columns)
+        return Q * R[0, 0].sign()
+    c, h, w = shape
+    if name == "colorize":
+        Q = basis(torch.tensor([0.2989, 0.5870, 0.1140]))
+        return (lambda x: torch.einsum("bchw,cd->bdhw", x, Q), lambda x: torch.einsum("bdhw,cd->bchw", x, Q),
+                torch.arange(3).view(3, 1, 1) == 0)
+    if name == "superres":
+        Q = basis(torch.ones(p * p))
+        return (lambda x: x.view(-1, c, h // p, p, w // p, p).transpose(3, 4).flatten(4) @ Q,
+                lambda x: (x @ Q.T).unflatten(4, (p, p)).transpose(3, 4).reshape(-1, c, h, w),
+                torch.arange(p * p) == 0)
+    return (lambda x: x), (lambda x: x), mask > 0 if name == "inpaint" else torch.zeros(1, dtype=torch.bool)
 
 
 def read_cifar10(cfg):
@@ -744,6 +780,11 @@ def learning_rate(step, cfg):
 
 
 @torch.no_grad()
+def lerp(average, net, beta):
+    """average <- beta average + (1 - beta) net."""
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - beta)
+
+
 def update_ema(ema, net, step, cfg):
     """After step (from 1): the average of half-life ema_halflife, or EDM2's power function of relative width
     ema_sigma_rel, with gamma the largest root of g^3 + 7 g^2 + (16 - width^-2) g + (12 - width^-2) = 0."""
@@ -751,7 +792,7 @@ def update_ema(ema, net, step, cfg):
     if cfg.ema_sigma_rel:
         gamma = np.roots([1, 7, 16 - cfg.ema_sigma_rel**-2, 12 - cfg.ema_sigma_rel**-2]).real.max()
         beta = (1 - 1 / step) ** (gamma + 1)
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+    lerp(ema, net, beta)
 
 
 class Run:
@@ -893,6 +934,27 @@ def energy_distance(a, b):
     """2 E|A - B| - E|A - A'| - E|B - B'| of points (N, d) over all pairs: the V-statistic, never negative."""
     a, b = a.double().cpu(), b.double().cpu()
     return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
+
+
+def frechet_distance(mean1, cov1, mean2, cov2):
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) between Gaussians (Heusel et al. 2017), float64.
+
+    The trace of the root is the sum of the roots of the eigenvalues of R C2 R, R = C1^(1/2): symmetric, so
+    eigenvalues are real, and rounding below zero, as with singular covariances, is cut off.
+    """
+    import scipy.linalg  # not needed for training
+    values, vectors = scipy.linalg.eigh(cov1)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    cross = np.sqrt(np.maximum(scipy.linalg.eigvalsh(root @ cov2 @ root), 0)).sum()
+    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
+
+
+def distance(a, b):
+    """Energy distance of points, Frechet distance of images as vectors of pixels."""
+    if a.ndim == 2:
+        return energy_distance(a, b)
+    a, b = (x.flatten(1).double().cpu().numpy() for x in (a, b))
+    return frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
 
 
 def noise_and_labels(cfg, net, lo, hi, seed, device):

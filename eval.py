@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
 import torch
 from tqdm import tqdm
 
@@ -41,18 +40,6 @@ class Moments:
         return mean.numpy(), ((self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)).numpy()
 
 
-def frechet_distance(mean1, cov1, mean2, cov2):
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) between Gaussians (Heusel et al. 2017), float64.
-
-    The trace of the root is the sum of the roots of the eigenvalues of R C2 R, R = C1^(1/2): symmetric, so
-    eigenvalues are real, and rounding below zero, as with singular covariances, is cut off.
-    """
-    values, vectors = scipy.linalg.eigh(cov1)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    cross = np.sqrt(np.maximum(scipy.linalg.eigvalsh(root @ cov2 @ root), 0)).sum()
-    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
-
-
 def feature_network(name, device):
     """uint8 (B, 3, H, W) -> features (B, d)."""
     if name == "pixels":
@@ -67,10 +54,10 @@ def feature_network(name, device):
 
 @torch.no_grad()
 def draw_samples(path, nfe, n, batch, device):
-    """n samples of a run and their initial noise, both (n, *shape); sample i is the same whatever n and batch."""
+    """n samples of a run and their initial noise, (n, *shape); sample i is the same for every n and batch."""
     ckpt = common.read_checkpoint(path)
     if ckpt["script"] not in SCRIPTS:
-        common.fail(f"{path} names an unknown script, {ckpt['script']!r}; the scripts are {', '.join(SCRIPTS)}")
+        common.fail(f"{path} names an unknown script, {ckpt['script']!r}")
     script = importlib.import_module(ckpt["script"])
     known = script.Config.__dataclass_fields__
     cfg = script.Config(**{k: v for k, v in ckpt["config"].items() if k in known})
@@ -115,7 +102,7 @@ def main(argv=None):
                     images = reference_images(args.reference, cfg)
                     reference = statistics(images, features, args.batch, device)
                 ours = statistics(x, features, args.batch, device)
-                row["frechet_distance"] = frechet_distance(*ours, *reference)
+                row["frechet_distance"] = common.frechet_distance(*ours, *reference)
             rows.append(row)
             columns[f"{Path(path).name}, {nfe} NFE"] = x[:36] if x.ndim > 2 else x
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -140,7 +127,7 @@ def statistics(images, features, batch, device):
     moments = Moments()
     with torch.no_grad():
         for lo in tqdm(range(0, len(images), batch), desc="features", leave=False, disable=None):
-            moments.add(features(torch.as_tensor(np.array(images[lo:lo + batch])).to(device)))
+            moments.add(features(torch.tensor(np.asarray(images[lo:lo + batch])).to(device)))
     return moments.mean_and_covariance()
 
 

@@ -2,7 +2,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads only get in each other's way
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -26,11 +25,27 @@ def ring():
 
 
 @pytest.fixture
+def posterior(ring):
+    """Samples (n, 2) of p(x0 | x_t) for the ring: a component, then its Gaussian."""
+    cfg, data, _ = ring
+
+    def draw(x_t, t, n, generator):
+        cos, sin, s = t.cos(), t.sin(), data.std
+        variance, delta = (cos * s) ** 2 + (sin * cfg.sigma_d) ** 2, x_t - t.cos() * data.mean
+        weight = torch.softmax(-delta.square().sum(1) / (2 * variance), 0)
+        k = torch.multinomial(weight, n, True, generator=generator)
+        noise = torch.randn(n, 2, generator=generator).double()
+        return (data.mean + cos * s**2 / variance * delta)[k] + s * sin * cfg.sigma_d / variance.sqrt() * noise
+    return draw
+
+
+@pytest.fixture
 def nets():
     """A 2-D and an image network in float64, every parameter random (as trained: no gain is zero)."""
     def make(dropout=0.0, **options):
         toy = common.build(dict(shape=(2,), channels=16, blocks=2) | options)
-        unet = common.build(dict(shape=(3, 8, 8), channels=8, blocks=1, attention=(4,), dropout=dropout) | options)
+        small = dict(shape=(3, 8, 8), channels=8, blocks=1, attention=(4,), dropout=dropout)
+        unet = common.build(small | options)
         for net in (toy, unet):
             generator = torch.Generator().manual_seed(1)
             for p in net.parameters():

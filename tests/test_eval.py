@@ -6,13 +6,14 @@ import pytest
 import scipy.linalg
 import torch
 
+import common
 import eval as evaluation
 
 
 def test_frechet_distance_of_commuting_gaussians():
     """For covariances A, B that commute: |m1 - m2|^2 + tr (A^(1/2) - B^(1/2))^2."""
     a, b = np.diag([1.0, 4.0, 9.0]), np.diag([4.0, 4.0, 0.0])
-    assert evaluation.frechet_distance(np.zeros(3), a, np.ones(3), b) == pytest.approx(3 + 1 + 0 + 9)
+    assert common.frechet_distance(np.zeros(3), a, np.ones(3), b) == pytest.approx(3 + 1 + 0 + 9)
 
 
 def test_frechet_distance_against_scipys_matrix_root():
@@ -20,13 +21,13 @@ def test_frechet_distance_against_scipys_matrix_root():
     x, y = rng.normal(size=(50, 6)), rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6))
     ca, cb = np.cov(x.T), np.cov(y.T)
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * scipy.linalg.sqrtm(ca @ cb).real)
-    assert evaluation.frechet_distance(x.mean(0), ca, y.mean(0), cb) == pytest.approx(expected)
+    assert common.frechet_distance(x.mean(0), ca, y.mean(0), cb) == pytest.approx(expected)
 
 
 def test_frechet_distance_is_zero_for_singular_equals():
     x = np.random.default_rng(0).normal(size=(5, 20))  # fewer samples than dimensions
     c = np.cov(x.T)
-    assert evaluation.frechet_distance(x.mean(0), c, x.mean(0), c) == pytest.approx(0, abs=1e-6)
+    assert common.frechet_distance(x.mean(0), c, x.mean(0), c) == pytest.approx(0, abs=1e-6)
 
 
 def test_moments_arrive_in_batches():

@@ -108,19 +108,12 @@ def test_exact_consistency_function_has_no_tangent():
     assert g.abs().max() < 1e-10
 
 
-def test_sct_gradient_is_an_unbiased_scd_gradient(ring):
+def test_sct_gradient_is_an_unbiased_scd_gradient(ring, posterior):
     """With v_t in place of the teacher, the mean parameter gradient is scd's, within its standard error."""
     cfg, data, teacher = ring
     cfg, net = dataclasses.replace(cfg, tangent="raw"), toy_net()
     t, n, m = torch.tensor([0.5, 1.0, 1.3]).double(), 4000, 30
     x_t = 0.4 * torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double()
-
-    def posterior(x_t, t, n, generator):  # x0 ~ p(x0 | x_t): a component, then its Gaussian
-        cos, sin, s = t.cos(), t.sin(), data.std
-        variance, delta = (cos * s) ** 2 + (sin * cfg.sigma_d) ** 2, x_t - t.cos() * data.mean
-        k = torch.multinomial(torch.softmax(-delta.square().sum(1) / (2 * variance), 0), n, True, generator=generator)
-        noise = torch.randn(n, 2, generator=generator).double()
-        return (data.mean + cos * s**2 / variance * delta)[k] + s * sin * cfg.sigma_d / variance.sqrt() * noise
 
     def gradient(x_t, t, dxdt):
         F, g = scm.tangent(net, x_t, t, None, None, dxdt, 0, cfg, draw())

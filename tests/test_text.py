@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 import common
-import scm
 
 ROOT = Path(common.__file__).parent
 SCRIPTS = [p for p in ("cm", "direct_cm", "multistep_cm", "sct", "scm") if (ROOT / f"{p}.py").exists()]
-BUDGET = dict(cm=300, multistep_cm=280, sct=300, scm=320, direct_cm=400, common=900, eval=320)
+BUDGET = dict(cm=380, multistep_cm=280, sct=300, scm=320, direct_cm=400, common=1030, eval=320)
 BANNERS = ["imports", "Config", "PRESETS", "process: times and noise", "consistency function f", "loss", "sampler",
            "train", "main"]
 
@@ -51,6 +50,29 @@ def test_every_flag_has_help(script, capsys):
     assert all(mode in text for mode in module.LOSSES)
 
 
+def train_block(script):
+    """The text of train() without its lines of the method."""
+    text = (ROOT / f"{script}.py").read_text()
+    block = text[text.index("def train(cfg):"):].split("\n# ---")[0]
+    return [line for line in block.splitlines() if "# <- method" not in line]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_train_is_the_same_text(script):
+    assert train_block(script) == train_block("scm")
+
+
+def shared_config(script):
+    text = (ROOT / f"{script}.py").read_text()
+    block = text[text.index("class Config:"):text.index("    # --- method")]
+    return re.sub(r'mode: str = "\w+"', "mode: str", block)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shared_config_is_the_same_text(script):
+    assert shared_config(script) == shared_config("scm")
+
+
 def test_top_level():
     names = {p.name for p in ROOT.iterdir() if p.name[0] not in "._" and p.name not in ("out", "data")}
     assert names <= {"README.md", "requirements.txt", "tests", "common.py", "eval.py",
@@ -70,10 +92,12 @@ def test_readme_commands_run(folder, monkeypatch):
     for line in commands:
         words = shlex.split(line.replace("PATH", str(folder)))
         script = next(w for w in words if w.endswith(".py"))
-        if script == "eval.py" or words[0] == "torchrun" or "cifar10" in words:
+        if words[0] == "torchrun" or "cifar10" in words or "--help" in words:
             continue
         flags = words[words.index(script) + 1:]
-        if "--sample" not in flags:
+        if script == "eval.py":
+            flags = ["pixels" if w == "FEATURES.pt" else w for w in flags] + ["--n", "20"]
+        elif not {"--sample", "--edit", "--search", "--resume"} & set(flags):
             cut = dict(steps=2, batch=8, channels=8, blocks=1, image_size=8, seed=0, overwrite="true")
             names = [f"--{k}" for k in cut]
             flags = [w for i, w in enumerate(flags) if w not in names and (not i or flags[i - 1] not in names)]

@@ -1,0 +1,282 @@
+"""cm.py: the curricula, the boundary, the discrete and continuous losses, and editing."""
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cm
+import common
+
+
+def config(**values):
+    return cm.Config(**cm.PRESETS["gmm"] | dict(sigma_d=0.5) | values)
+
+
+def draw(n=64, step=0):
+    return common.Draw(0, step, 0, n)
+
+
+def toy_net(seed=0):
+    return common.build(dict(shape=(2,), channels=32, blocks=2, emb_scale=10.0, head=False), seed).double()
+
+
+class Gaussian:
+    """x0 ~ N(m, s^2): exact teacher and exact consistency function (to t = 0.002) as F = net(x, t, y)."""
+    m, s, sd = 0.3, 0.2, 0.5
+
+    def teacher(self, x, t, y=None):
+        sigma = (self.sd * t.tan())[:, None]
+        x_t = x * (sigma**2 + self.sd**2).sqrt()
+        x_0 = self.m + self.s**2 / (self.s**2 + sigma**2) * (x_t - self.m)
+        return (t.cos()[:, None] ** 2 * x_t - x_0) / (t.sin()[:, None] * self.sd)
+
+    def map(self, x_t, t):
+        return self.m + (x_t - self.m) * ((self.s**2 + 0.002**2) / (self.s**2 + t[:, None] ** 2)).sqrt()
+
+    def consistency(self, x, t, y=None):  # solve f = c_skip x_t + c_out (-F) for F
+        sigma = self.sd * t.tan()
+        x_t = x * (sigma**2 + self.sd**2).sqrt()[:, None]
+        c_skip = self.sd**2 / ((sigma - 0.002) ** 2 + self.sd**2)
+        c_out = ((sigma - 0.002) * self.sd * (sigma**2 + self.sd**2).rsqrt()).clamp(min=1e-12)
+        return (c_skip[:, None] * x_t - self.map(x_t, sigma)) / c_out[:, None]
+
+
+def test_boundary_is_exact(nets):
+    """f(x, 0.002) = x, whatever the network says."""
+    for net, shape in zip(nets(), [(4, 2), (4, 3, 8, 8)]):
+        x = torch.randn(shape).double()
+        assert torch.equal(cm.f(net, x, torch.full((4,), 0.002, dtype=torch.float64), None, config()), x)
+
+
+def test_denoiser_is_the_exact_teachers(ring):
+    """D of cm.py in EDM's coordinates is the posterior mean of the mixture."""
+    cfg, data, teacher = ring
+    x_t, t = torch.randn(5, 2).double(), torch.tensor([0.01, 0.1, 1.0, 10.0, 80.0]).double()
+    logits = -(x_t[:, None] - data.mean).square().sum(2) / (2 * (data.std**2 + t[:, None] ** 2))
+    gain = (data.std**2 / (data.std**2 + t**2))[:, None, None]
+    x_0 = (logits.softmax(1)[:, :, None] * (data.mean + gain * (x_t[:, None] - data.mean))).sum(1)
+    assert torch.allclose(cm.denoise(teacher, x_t, t, None, config()), x_0, atol=1e-9)
+
+
+def test_grid_runs_downward_and_pairs_are_neighbours():
+    grid = common.karras(18)
+    t, s = cm.neighbours(draw(2000), 18, config())
+    i = (t[:, None] - grid).abs().argmin(1)
+    assert torch.equal(t, grid[i]) and torch.equal(s, grid[i + 1]) and (t > s).all()
+    assert set(i.tolist()) == set(range(17))
+
+
+def test_ct_curriculum():
+    """N(k) and mu(k) of ImageNet-64's CT run (s0 = 2, s1 = 200, mu0 = 0.95, 800k steps)."""
+    cfg = config(mode="ct", scales_start=2, scales=200, mu=0.95, steps=800_000)
+    for step, n, mu in [(0, 2, 0.9025), (400_000, 143, 0.999278), (800_000, 201, 0.999487), (10**7, 201, 0.999487)]:
+        assert cm.schedule(step, cfg) == (n, pytest.approx(mu, abs=1e-6))
+
+
+def test_ict_curriculum():
+    cfg = config(mode="ict", scales_start=10, scales=1280, steps=400_000)
+    found = [cm.schedule(step, cfg)[0] for step in (0, 50_000, 150_000, 399_999, 400_000, 10**7)]
+    assert found == [11, 21, 81, 1281, 1281, 1281]
+    assert cm.schedule(0, config(mode="ict", scales_start=10, scales=1280, steps=3))[0] == 11
+
+
+def test_ict_pairs_follow_the_log_normal():
+    cfg, grid = config(mode="ict", P_mean=-1.1, P_std=2.0), common.karras(9)
+    t, _ = cm.neighbours(draw(50_000), 9, cfg)
+    normal = torch.distributions.Normal(-1.1, 2.0)
+    mass = normal.cdf(grid.log()[:-1]) - normal.cdf(grid.log()[1:])
+    share = torch.stack([(t == g).double().mean() for g in grid[:-1]])
+    assert torch.allclose(share, mass / mass.sum(), atol=0.01)
+
+
+def test_metrics():
+    a, b = torch.zeros(1, 3, 32, 32), torch.full((1, 3, 32, 32), 0.1)
+    assert cm.METRICS["l1"](a, b).item() == pytest.approx(0.1) and cm.METRICS["l2"](a, b).item() == pytest.approx(0.01)
+    norm, c = 0.1 * math.sqrt(3072), 0.02993  # of the whole sample, not elementwise
+    assert cm.METRICS["huber"](a, b).item() == pytest.approx(math.sqrt(norm**2 + c**2) - c, rel=1e-4)
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("ddim", 1), ("heun", 2)])
+def test_exact_map_has_no_loss_up_to_the_solver(solver, order):
+    """cd's error at the exact f is the solver's local error, h^(order + 1)."""
+    exact = Gaussian()
+
+    def rms(ratio):
+        t = torch.linspace(0.3, 2.0, 16).double()
+        s = t * (1 - ratio)
+        x_t = exact.m + (exact.s**2 + t[:, None] ** 2).sqrt() * torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+        x_s = cm.ode_step(exact.teacher, x_t, t, s, None, config(solver=solver))
+        loss, _ = cm.consistency(exact.consistency, exact.consistency, x_t, t, x_s, s, None, 1.0, config(), draw(16))
+        return loss.sqrt().item()
+    assert math.log2(rms(0.02) / rms(0.01)) == pytest.approx(order + 1, abs=0.2)
+
+
+def gradient(loss, net):
+    grads = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
+    return torch.cat([g.flatten() for g in grads if g is not None])
+
+
+def test_continuous_time_is_the_limit_of_discrete_time(ring):
+    """Gradient of the l2 loss at (t, t - h), over 2h, tends to that of f^T sg(df/dt), first order in h."""
+    cfg, net, teacher = config(mode="ctcd", solver="euler"), toy_net(), ring[2]
+    x0 = 0.5 * torch.randn(32, 2, generator=torch.Generator().manual_seed(0)).double()
+    limit = gradient(cm.continuous(net, net, teacher, x0, None, 0, cfg, draw(32))[0], net)
+    gen = draw(32)
+    t = common.karras(2**14)[gen.index(2**14)]
+    x_t, error = x0 + t[:, None] * gen.normal(2), []
+    for ratio in (1e-2, 1e-3):
+        s = t * (1 - ratio) + 0.002 * ratio
+        x_s = cm.ode_step(teacher, x_t, t, s, None, cfg)
+        discrete = cm.consistency(net, net, x_t, t, x_s, s, None, 1 / (2 * (t - s)), cfg, gen)[0]
+        error.append((gradient(discrete, net) - limit).norm() / limit.norm())
+    assert error[1] < 0.15 * error[0] and error[1] < 0.02, error
+
+
+def test_ct_gradient_tends_to_cds(ring, posterior):
+    """Given x_t, ct's x_s averages to cd's Euler step, so the mean gradients meet as the gap closes."""
+    cfg, net, teacher, n = config(solver="euler"), toy_net(), ring[2], 20_000
+    x_t, t = torch.tensor([[0.3, -0.2]]).double(), torch.tensor([0.4]).double()
+    angle = torch.atan(t / cfg.sigma_d)
+    x0 = posterior(x_t[0] * angle.cos(), angle[0], n, torch.Generator().manual_seed(0))
+    difference = []
+    for ratio in (0.95, 0.2):
+        s = t * (1 - ratio)
+        x_s = cm.ode_step(teacher, x_t, t, s, None, cfg)
+        a = gradient(cm.consistency(net, net, x_t, t, x_s, s, None, 1.0, cfg, draw())[0], net)
+        x_s = x0 + s / t * (x_t - x0)
+        wide = [v.expand(n, *v.shape[1:]) for v in (x_t, t)]
+        b = gradient(cm.consistency(net, net, *wide, x_s, s.expand(n), None, 1.0, cfg, draw())[0], net)
+        difference.append((a - b).norm() / a.norm())
+    assert difference[1] < 0.02 < difference[0], difference
+
+
+def test_cd_learns_the_closed_form_map():
+    """On a Gaussian, x_T -> m + s / sqrt(s^2 + T^2) (x_T - m)."""
+    exact, cfg = Gaussian(), config(scales=18, metric="l2")
+    net = common.build(dict(shape=(1,), channels=32, blocks=2, emb_scale=10.0, head=False))
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for step in range(1000):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 1000)
+        gen = common.Draw(0, step, 0, 128)
+        x0 = exact.m + exact.s * gen.normal(1)
+        loss, _ = cm.cd(net, net, exact.teacher, x0, None, step, cfg, gen)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    noise = cfg.sigma_d * torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
+    x = cm.sample(net, noise, None, 1, cfg, draw(500))
+    expected = exact.map(noise * 160, torch.full((500,), 80.0))
+    assert (x - expected).square().mean().sqrt() < 0.1 * exact.s
+
+
+def test_last_noise_has_zero_amplitude():
+    """sqrt(s^2 - 0.002^2) z at s = 0.002 is nothing, and f there is the identity."""
+    net, noise = toy_net(), torch.randn(8, 2).double()
+    one = cm.sample(net, noise, None, 1, config(sigmas=(80.0,)), draw(8))
+    assert torch.equal(cm.sample(net, noise, None, 2, config(sigmas=(80.0, 0.002)), draw(8)), one)
+
+
+def test_target_average(train):
+    """mu > 0 keeps a target of its own, which trails the live network and survives --resume."""
+    words = ["--channels", 16, "--blocks", 1, "--batch", 64, "--mode", "cd", "--lr_cooldown", 0]
+    whole = train(*words, "--mu", 0.9, "--steps", 6, "--out", "whole", script=cm)
+    assert any(not torch.equal(whole["net"][k], whole["target"][k]) for k in whole["net"])
+    train(*words, "--mu", 0.9, "--steps", 3, "--out", "parts", script=cm)
+    parts = train("--resume", "--out", "parts", "--steps", 6, script=cm)
+    assert all(torch.equal(whole[part][k], parts[part][k]) for part in ("net", "target") for k in whole[part])
+    live = train(*words, "--steps", 2, "--out", "live", script=cm)
+    assert all(torch.equal(live["net"][k], live["target"][k]) for k in live["net"])
+
+
+@pytest.mark.parametrize("mode", list(cm.LOSSES))
+def test_every_mode_trains_on_images(mode, train, folder):
+    words = ["--dataset", "folder", "--data", folder, "--channels", 8, "--blocks", 1, "--attention", 4, "--batch", 8,
+             "--log_every", 1]
+    if mode in ("cd", "ctcd"):
+        train(*words, "--mode", "diffusion", "--steps", 1, "--out", "teacher", script=cm)
+        words += ["--teacher", "teacher"]
+    train(*words, "--mode", mode, "--steps", 3, "--out", "run", "--dropout", 0.1, "--metric", "huber", script=cm)
+    losses = [json.loads(line)["loss"] for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("name", ["inpaint", "colorize", "superres", "stroke"])
+def test_editing_operators_are_orthonormal(name):
+    """They keep inner products, and the inverse inverts."""
+    a, b = torch.randn(2, 2, 3, 8, 8).unbind(0)
+    A, inverse, known = common.operator(name, (3, 8, 8), torch.ones(1, 3, 8, 8))
+    assert torch.allclose((A(a) * A(b)).sum(), (a * b).sum(), rtol=1e-4) and torch.allclose(inverse(A(a)), a, atol=1e-5)
+    kept = inverse(A(a) * known)
+    assert torch.allclose(inverse(A(kept) * known), kept, atol=1e-5)
+
+
+def test_known_coefficients_are_luma_and_patch_means():
+    x = torch.rand(1, 3, 8, 8)
+    A, inverse, known = common.operator("superres", (3, 8, 8), p=4)
+    assert torch.allclose(inverse(A(x) * known), torch.nn.functional.avg_pool2d(x, 4).repeat_interleave(4, 2)
+                          .repeat_interleave(4, 3), atol=1e-5)
+    A, inverse, known = common.operator("colorize", (3, 8, 8))
+    luma = torch.tensor([0.2989, 0.5870, 0.1140])
+    gray = inverse(A(x) * known)
+    assert torch.allclose(torch.einsum("bchw,c->bhw", gray, luma), torch.einsum("bchw,c->bhw", x, luma), atol=1e-5)
+
+
+@pytest.fixture
+def images_run(train, folder):
+    train("--dataset", "folder", "--data", folder, "--channels", 8, "--blocks", 1, "--batch", 8, "--steps", 1,
+          "--mode", "ct", "--out", "run", script=cm)
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, :4] = 255
+    Image.fromarray(mask).save("mask.png")
+    return str(folder / "a" / "0.png"), str(folder / "b" / "1.png")
+
+
+@pytest.mark.parametrize("name", ["inpaint", "colorize", "superres", "stroke", "denoise", "interpolate"])
+def test_edits_keep_what_is_known(name, images_run):
+    """The known coefficients of the result are the input's; a picture is written."""
+    a, b = images_run
+    words = ["--edit", name, "--input", a, "--mask", "mask.png", "--other", b, "--out", "run", "--sigma", "2"]
+    cm.main(words)
+    assert Image.open(f"run/edit-{name}.png").size[0] > 24
+    cfg = common.parse_args(cm.Config, cm.PRESETS, cm.LOSSES, words)
+    columns = cm.edit(common.load_net("run"), cfg)
+    mask = common.read_image("mask.png", (3, 8, 8))
+    A, _, known = common.operator(name, (3, 8, 8), mask)
+    assert torch.allclose(A(columns["result"]) * known, A(columns["input"]) * known, atol=1e-4)
+    assert len(columns["result"]) == (9 if name == "interpolate" else 1)
+
+
+def test_bad_edits(images_run, capsys):
+    a, _ = images_run
+    Image.new("L", (4, 8)).save("small.png")
+    Image.new("RGBA", (8, 8)).save("alpha.png")
+    Path("text.png").write_text("no image")
+    for words, text in [(["inpaint", "--input", a], "--mask"), (["colorize"], "--input"),
+                        (["inpaint", "--input", a, "--mask", "small.png"], "4x8"),
+                        (["colorize", "--input", "alpha.png"], "RGBA"), (["colorize", "--input", "text.png"], "cannot read"),
+                        (["superres", "--input", a, "--patch", "3"], "--patch"), (["sharpen"], "inpaint")]:
+        with pytest.raises(SystemExit) as error:
+            cm.main(["--out", "run", "--edit", *words])
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert error.value.code == 2 and len(lines) == 1 and text in lines[0], lines
+
+
+def test_search_finds_the_best_of_the_grid(train, capsys):
+    """Greedy search returns nfe levels, falling, the second no worse than any other level of the grid."""
+    train("--channels", 16, "--blocks", 1, "--batch", 128, "--steps", 40, "--out", "run", script=cm)
+    cfg = common.parse_args(cm.Config, cm.PRESETS, cm.LOSSES, ["--search", "--nfe", "2", "--out", "run"])
+    net, data = common.load_net("run"), common.dataset(cfg)
+    found = cm.search(net, cfg, data, n=300)
+    real = data.batch(common.Draw(0, 2**32, 0, 300))[0]
+
+    def distance(sigma):
+        noise, y, gen = common.noise_and_labels(cfg, net, 0, 300, 0, "cpu")
+        trial = dataclasses.replace(cfg, sigmas=(80.0, sigma))
+        return common.energy_distance(cm.sample(net, noise, y, 2, trial, gen), real)
+    assert len(found) == 2 and found[0] == 80.0 > found[1]
+    assert distance(found[1]) == min(distance(s) for s in common.karras(18).tolist()[1:])
