@@ -34,7 +34,7 @@ from common import like
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config:
-    dataset: str = "gmm"  # gmm, shapes, folder, cifar10
+    dataset: str = "gmm"  # gmm, shapes, folder, cifar10; some scripts imagenet64 (a folder, too)
     mode: str = "cd"  # training objective, see --help's first lines
     data: str = ""  # folder with class subfolders, EDM-style zip (folder) or cifar-10-binary.tar.gz (cifar10)
     out: str = ""  # the run's folder; "" = out/<script>
@@ -92,12 +92,14 @@ class Config:
     mask: str = ""  # inpaint: image of the same size, white where the input is kept
     patch: int = 4  # superres: pixels a side of the patches whose mean is kept
     other: str = ""  # interpolate: the second image
-    sigma: float = 80.0  # noise level where editing starts (denoise: of the input's own noise)
+    sigma: float = 0.0  # noise level where editing starts (denoise: the input's own); 0 = 80, last three: 1
 
 
 # ------------------------------------------------------------------------------------------------- PRESETS
+ICT = dict(scales_start=10, scales=1280, metric="huber", sigmas=(80.0, 0.821))
 PRESETS = {
-    "gmm": dict(teacher="exact", lr_cooldown=0.3, channels=128, blocks=4, emb_scale=10.0, scales=80),
+    "gmm": dict(teacher="exact", steps=6000, lr_cooldown=0.3, channels=128, blocks=4, c_noise="log",
+                emb_scale=8.0, scales=40),
     "shapes": dict(image_size=16, conditional=True, channels=32, blocks=1, steps=1000, batch=64),
     "folder": dict(conditional=True, steps=1000, batch=128, lr=2e-3, lr_cooldown=0.5, blocks=1),
     ("folder", "diffusion"): dict(steps=3000, lr=1e-2, lr_warmup=100, label_dropout=0.1, P_mean=-1.2,
@@ -106,13 +108,26 @@ PRESETS = {
     "cifar10": dict(batch=512, steps=800_000, lr=4e-4, optimizer="radam", beta2=0.999, ema_sigma_rel=0.0,
                     ema_halflife=3.5e6, channels=128, channel_mult=(1, 2, 2), blocks=3, attention=(16,),
                     save_every=2500, metric="lpips", sigmas=(80.0, 0.585), c_noise="log"),
-    ("cifar10", "diffusion"): dict(lr=1e-2, lr_ref=35_000, steps=400_000, optimizer="adam", dropout=0.13,
-                                   P_mean=-1.2, P_std=1.2),
+    ("cifar10", "diffusion"): dict(lr=1e-2, lr_warmup=20_000, lr_ref=35_000, steps=400_000, optimizer="adam",
+                                   dropout=0.13, P_mean=-1.2, P_std=1.2),  # EDM2's lr, for its U-Net
     ("cifar10", "ct"): dict(scales_start=2, scales=150, mu=0.9),
-    ("cifar10", "ict"): dict(batch=1024, steps=400_000, lr=1e-4, scales_start=10, scales=1280, metric="huber",
-                             dropout=0.3, ema_halflife=1e7, sigmas=(80.0, 0.821)),
-    ("cifar10", "ctcd"): dict(lr=5e-6, dropout=0.3, metric="l2"),
-    ("cifar10", "ctct"): dict(lr=5e-6, dropout=0.3, metric="l2"),
+    ("cifar10", "ict"): ICT | dict(batch=1024, steps=400_000, lr=1e-4, dropout=0.3, ema_halflife=1e7),
+    ("cifar10", "ctcd"): dict(lr=5e-6, steps=400_000, dropout=0.3, metric="l2"),
+    ("cifar10", "ctct"): dict(lr=5e-6, steps=400_000, dropout=0.3, metric="l2"),  # needs --init
+    # cd 6.20 / 4.70, ct 13.0 / 11.1, ict 4.02 / 3.20
+    "imagenet64": dict(image_size=64, conditional=True, batch=2048, steps=600_000, lr=8e-6, optimizer="radam",
+                       beta2=0.999, ema_sigma_rel=0.0, ema_halflife=25e6, channels=192, blocks=3,
+                       channel_mult=(1, 2, 3, 4), attention=(16, 8), save_every=2500, c_noise="log",
+                       scales=40, mu=0.95, metric="lpips", sigmas=(80.0, 1.382)),
+    ("imagenet64", "diffusion"): dict(batch=4096, lr=1e-2, lr_warmup=2500, lr_ref=35_000, optimizer="adam",
+                                      mu=0.0, dropout=0.1, P_mean=-1.2, P_std=1.2),
+    ("imagenet64", "ctcd"): dict(mu=0.0, lr=5e-6), ("imagenet64", "ctct"): dict(mu=0.0, lr=5e-6),
+    ("imagenet64", "ct"): dict(steps=800_000, lr=1e-4, scales_start=2, scales=200, sigmas=(80.0, 1.913)),
+    ("imagenet64", "ict"): ICT | dict(batch=4096, steps=800_000, lr=1e-4, mu=0.0, dropout=0.2,
+                                      ema_halflife=9.5e7, sigmas=(80.0, 1.526)),
+    ("gmm", "ict"): ICT, ("shapes", "ict"): ICT, ("folder", "ict"): ICT,
+    ("gmm", "ct"): dict(mu=0.9, scales=150), ("shapes", "ct"): dict(mu=0.9, scales=150),
+    ("folder", "ct"): dict(mu=0.9, scales=150),
 }
 
 
@@ -124,7 +139,7 @@ def schedule(step, cfg):
         n = max(1, math.ceil(math.sqrt(k * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1))
         return n + 1, math.exp(s0 * math.log(cfg.mu) / n) if cfg.mu else 0.0
     if cfg.mode == "ict":
-        stage = max(1, cfg.steps // (int(math.log2(s1 // s0)) + 1))
+        stage = max(1, int(cfg.steps / (math.log2(s1 // s0) + 1)))
         return min(s0 * 2 ** (min(step, cfg.steps) // stage), s1) + 1, 0.0
     return cfg.scales, cfg.mu
 
@@ -178,6 +193,10 @@ def lpips(device):
     return package.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
 
 
+def enlarge(x):
+    return torch.nn.functional.interpolate(x, 224, mode="bilinear") if x.shape[-1] < 256 else x
+
+
 def huber(a, b):
     """Pseudo-Huber of the sample's norm, c = 0.00054 sqrt(D) (iCT)."""
     c = 0.00054 * math.sqrt(a[0].numel())
@@ -186,7 +205,7 @@ def huber(a, b):
 
 METRICS = {"l1": lambda a, b: (a - b).abs().flatten(1).mean(1),
            "l2": lambda a, b: (a - b).square().flatten(1).mean(1), "huber": huber,
-           "lpips": lambda a, b: lpips(a.device)(a, b).flatten()}
+           "lpips": lambda a, b: lpips(a.device)(enlarge(a), enlarge(b)).flatten()}
 
 
 def diffusion(net, target, teacher, x0, y, step, cfg, gen):
@@ -228,8 +247,8 @@ def ct(net, target, teacher, x0, y, step, cfg, gen):
 
 
 def continuous(net, target, teacher, x0, y, step, cfg, gen):
-    """f^T sg(df^-/dt) with l2 (Remark 10 and Theorem 6, lambda such that the factor is 1). Its value means
-    nothing, its gradient is the limit of the discrete one. t is uniform on EDM's grid."""
+    """f^T sg(df^-/dt), for l2 (Remark 10). Its value means nothing, its gradient is the limit of the discrete
+    one over 2 (t - s). t is uniform on EDM's grid."""
     t = common.karras(2**14).to(gen.device)[gen.index(2**14)]
     x_t = x0 + like(t, x0) * gen.normal(*x0.shape[1:])
     clean = x0
@@ -266,23 +285,24 @@ def sample(net, noise, y, nfe, cfg, gen):
 @torch.no_grad()
 def edit(net, cfg):
     """Algorithm 4: multistep sampling in which every x_0 takes over what the input knows, the coefficients
-    `known` of an orthonormal A. stroke (SDEdit), denoise and interpolate know none and start at --sigma, the
-    last two from noisy images: the input itself, or points on the sphere between two noised images."""
+    `known` of an orthonormal A. stroke (SDEdit) knows none and starts from the noised input. denoise and
+    interpolate are one step, from the input itself or from points on the sphere between two noised images."""
     x, other, mask = (common.read_image(p, net.options["shape"]) for p in (cfg.input, cfg.other, cfg.mask))
     A, inverse, known = common.operator(cfg.edit, net.options["shape"], mask, cfg.patch)
     reference, gen = A(x), common.Draw(cfg.seed, 0, 0, 1)
+    first = cfg.sigma or (1.0 if cfg.edit in ("stroke", "denoise", "interpolate") else 80.0)
     columns = {"input": x, "degraded": inverse(reference * known) if known.any() else x}
     start, x = {"denoise": x}.get(cfg.edit), columns["degraded"]
     if cfg.edit == "interpolate":
-        a, b = (v + cfg.sigma * gen.normal(*v.shape[1:]) for v in (x, other))
+        a, b = (v + first * gen.normal(*v.shape[1:]) for v in (x, other))
         angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
         u = torch.linspace(0, 1, 9).view(-1, 1, 1, 1)
         start = (torch.sin((1 - u) * angle) * a + torch.sin(u * angle) * b) / torch.sin(angle)
         columns = {"input": x, "with": other}
-    y = torch.tensor([cfg.label]) if net.options["classes"] else None
-    for i, sigma in enumerate(sigma for sigma in common.karras(40).tolist() if sigma <= cfg.sigma):
-        noisy = x + math.sqrt(sigma**2 - 0.002**2) * gen.normal(*x.shape[1:])
-        x_t = start if i == 0 and start is not None else noisy
+    y = torch.tensor([max(cfg.label, 0)]) if net.options["classes"] else None
+    rest = [s for s in common.karras(40).tolist() if s < first] if start is None else []
+    for sigma in [first, *rest]:
+        x_t = x + math.sqrt(sigma**2 - 0.002**2) * gen.normal(*x.shape[1:]) if start is None else start
         t = torch.full(x_t.shape[:1], sigma, dtype=torch.float64)
         x = f(net, x_t, t, y if y is None else y.expand(len(t)), cfg).clamp(-1, 1)
         x = inverse(torch.where(known, reference, A(x)))
@@ -298,7 +318,7 @@ def search(net, cfg, data, n=2000):
         noise, y, gen = common.noise_and_labels(cfg, net, 0, n, 0, "cpu")
         trial = replace(cfg, sigmas=(*sigmas, sigma))
         return common.distance(sample(net, noise, y, len(sigmas) + 1, trial, gen), real)
-    while len(sigmas) < cfg.nfe:
+    while len(sigmas) < min(cfg.nfe, 17):
         sigmas.append(min((s for s in common.karras(18).tolist() if s < sigmas[-1]), key=distance))
     print("--sigmas " + ",".join(f"{sigma:.3g}" for sigma in sigmas))
     return tuple(sigmas)
@@ -355,11 +375,17 @@ def main(argv=None):
     cfg = common.parse_args(Config, PRESETS, LOSSES, argv)
     if cfg.mode in ("cd", "ctcd") and not cfg.teacher:
         common.fail(f"--mode {cfg.mode} distills a teacher: give --teacher RUN (or exact, for gmm)")
+    if cfg.scales < (2 if cfg.mode == "cd" else cfg.scales_start) or min(cfg.sigmas, default=1) < 0.002:
+        common.fail("--scales must be at least 2 and --scales_start, and --sigmas at least 0.002")
+    if cfg.mode == "diffusion" and cfg.search:
+        common.fail("--search is for consistency models: a diffusion model has no levels to choose")
     if cfg.edit:
         net, path = common.load_net(cfg.out), f"{cfg.out}/edit-{cfg.edit}.png"
         for flag in ("input", *{"inpaint": ["mask"], "interpolate": ["other"]}.get(cfg.edit, [])):
             if not getattr(cfg, flag):
                 common.fail(f"--edit {cfg.edit} needs --{flag} IMAGE")
+        if cfg.label >= max(net.options["classes"], 1):
+            common.fail(f"--label {cfg.label}: the network has {net.options['classes']} classes")
         if len(net.options["shape"]) == 1 or net.options["shape"][1] % cfg.patch:
             common.fail("--edit needs a run on images, and --patch must divide their size")
         columns = edit(net, cfg)

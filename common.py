@@ -12,6 +12,7 @@ this signature: a checkpoint of ours, or the exact one of a Gaussian mixture (`R
 """
 import argparse
 import contextlib
+import datetime
 import dataclasses
 import hashlib
 import inspect
@@ -36,6 +37,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
 
+torch.backends.cudnn.allow_tf32 = False  # tangents and differences of neighbours need float32's digits
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
@@ -48,8 +50,12 @@ def fail(message):
 
 # ----------------------------------------------------------------------------------------------- 1. config
 
-NET_FIELDS = ("image_size", "conditional", "channels", "channel_mult", "blocks", "attention",
-              "emb", "emb_scale", "c_noise", "double_norm")
+NET_FIELDS = ("image_size", "conditional", "channels", "channel_mult", "blocks", "attention", "emb",
+              "emb_scale", "c_noise", "double_norm", "sigma_d")
+
+
+AT_LEAST_1 = ("steps", "batch", "nfe", "log_every", "save_every", "sample_every", "channels", "blocks",
+              "intervals", "patch", "scales", "scales_start")
 
 
 def parse_args(Config, presets, modes, argv=None):
@@ -60,7 +66,7 @@ def parse_args(Config, presets, modes, argv=None):
     script = Path(inspect.getfile(Config)).stem
     parser = argparse.ArgumentParser(script + ".py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
                                      description="modes: " + ", ".join(modes))
-    parser.error, read = fail, {bool: _bool, tuple: _numbers}
+    parser.error, read = fail, {bool: boolean, tuple: numbers}
     for name, field in fields.items():
         default = ",".join(map(str, field.default)) if field.type is tuple else field.default
         choices = typing.get_args(field.type) or None
@@ -75,7 +81,7 @@ def parse_args(Config, presets, modes, argv=None):
     flags.setdefault("out", f"out/{script}")
 
     stored = {}
-    if {"resume", "sample", "edit", "search"} & flags.keys():
+    if any(flags.get(name) for name in ("resume", "sample", "edit", "search")):
         ckpt = read_checkpoint(flags["out"])
         if ckpt["script"] != script:
             fail(f"{flags['out']} was written by {ckpt['script']}.py: run that script with it")
@@ -89,9 +95,13 @@ def parse_args(Config, presets, modes, argv=None):
     if source and not stored:
         values |= {k: v for k, v in read_checkpoint(source)["config"].items() if k in NET_FIELDS}
     cfg = Config(**{k: v for k, v in (values | stored | flags).items() if k in fields})
-    for name in ("steps", "batch", "nfe", "log_every", "save_every", "sample_every"):
-        if getattr(cfg, name) < 1:
-            fail(f"--{name} must be at least 1, not {getattr(cfg, name)}")
+    for name, field in fields.items():
+        value, least = getattr(cfg, name), int(name in AT_LEAST_1)
+        if field.type in (int, float) and name not in ("P_mean", "label") and not least <= value < math.inf:
+            fail(f"--{name} must be at least {least}, not {value}")
+    for name, most in (("dropout", 0.99), ("label_dropout", 1), ("lr_cooldown", 1), ("ema_sigma_rel", 0.28)):
+        if getattr(cfg, name) > most:
+            fail(f"--{name} must be at most {most}, not {getattr(cfg, name)}")
     if cfg.batch % (WORLD * (cfg.micro or 1)):
         fail(f"--batch {cfg.batch} must be a multiple of processes x --micro, {WORLD} x {cfg.micro or 1}")
     if cfg.save and Path(cfg.save).suffix not in (".png", ".npz"):
@@ -99,13 +109,13 @@ def parse_args(Config, presets, modes, argv=None):
     return cfg
 
 
-def _bool(text):
+def boolean(text):
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
     return text.lower() in ("true", "1", "yes")
 
 
-def _numbers(text):
+def numbers(text):
     return tuple(int(part) if part.isdigit() else float(part) for part in text.split(",") if part)
 
 
@@ -121,7 +131,8 @@ class Draw:
     """Random numbers as a function of (seed, step, position in the global batch).
 
     Rows lo..hi come from blocks of 64 positions with a generator each, so a resumed run, another number of
-    processes or another micro-batch size sees the numbers that the unbroken single process would.
+    processes or another micro-batch size sees the numbers that the unbroken single process would. (Dropout
+    masks alone depend on the micro-batch as a whole.)
     """
     BLOCK = 64
 
@@ -165,7 +176,7 @@ def dataset(cfg, device="cpu"):
     """The dataset that cfg names: an object with shape, classes and batch(gen)."""
     if cfg.dataset == "gmm":
         return Ring(cfg).to(device)
-    reader = {"shapes": draw_shapes, "folder": read_folder, "cifar10": read_cifar10}[cfg.dataset]
+    reader = {"shapes": draw_shapes, "cifar10": read_cifar10}.get(cfg.dataset, read_folder)
     return Images(cfg, *reader(cfg))
 
 
@@ -530,6 +541,8 @@ class Block(nn.Module):
     def __init__(self, cin, cout, dim, encoder, attention, resample="", dropout=0.0, double_norm=True):
         super().__init__()
         self.encoder, self.resample, self.dropout, self.heads = encoder, resample, dropout, max(cout // 64, 1)
+        if attention and cout % self.heads:
+            fail(f"attention at {cout} channels: above 64 they must be a multiple of 64 (--channels)")
         self.skip = MPConv(cin, cout, 1) if cin != cout else None
         self.conv0, self.conv1 = MPConv(cout if encoder else cin, cout, 3), MPConv(cout, cout, 3)
         self.modulate = Modulation(dim, cout, double_norm)
@@ -553,14 +566,15 @@ class Block(nn.Module):
             qkv = self.qkv(x).view(b, self.heads, c // self.heads, 3, height * width).transpose(2, 4)
             q, k, v = pnorm(qkv, dim=4).unbind(3)                     # (B, heads, H W, channels)
             x = mp_sum(x, self.proj(attention(q, k, v).transpose(2, 3).reshape(b, c, height, width)), 0.3)
-        return x.clamp(-256, 256) if x.dtype == torch.float16 else x
+        return x.clamp(-256, 256) if x.dtype == torch.float16 else x  # DEPARTS: EDM2 clips in float32, too
 
 
 class UNet(nn.Module):
     """EDM2's U-Net: F (B, C, H, W) = net(x (B, C, H, W), t (B,), y (B,)); s (B,) is the guidance scale.
 
     The torso runs in `dtype`; parameters, embeddings and the output are float32 (float64 after .double()).
-    attention lists the resolutions with self-attention; dropout acts at 16 pixels and below.
+    attention lists the resolutions with self-attention. Dropout acts at 16 pixels and below, as in sCM's
+    ImageNet runs, and everywhere if the image has at most 32, as in the papers' CIFAR-10 runs.
     """
 
     def __init__(self, shape, classes=0, channels=64, channel_mult=(1, 2), blocks=2, attention=(8,),
@@ -572,7 +586,8 @@ class UNet(nn.Module):
         self.cond = Conditioning(dim, channels, classes, sigma_d, emb, emb_scale, c_noise, guidance, head)
 
         def block(cin, cout, encoder, attend, resample=""):
-            return Block(cin, cout, dim, encoder, attend, resample, dropout * (res <= 16), double_norm)
+            rate = dropout if res <= 16 or shape[1] <= 32 else 0.0
+            return Block(cin, cout, dim, encoder, attend, resample, rate, double_norm)
 
         res, width = shape[1], widths[0]
         self.first = MPConv(shape[0] + 1, width, 3)  # + a channel of ones, in place of biases
@@ -616,7 +631,7 @@ class UNet(nn.Module):
 def network(cfg, data, **options):
     """The network for this config and dataset; its constructor's arguments stay with it as net.options."""
     options = dict(shape=data.shape, classes=data.classes if cfg.conditional else 0, dropout=cfg.dropout,
-                   dtype=cfg.dtype, sigma_d=cfg.sigma_d) | {
+                   dtype=cfg.dtype) | {
         k: getattr(cfg, k) for k in NET_FIELDS if k not in ("image_size", "conditional")} | options
     return build(options, cfg.seed)
 
@@ -801,15 +816,15 @@ class Run:
     def __init__(self, cfg):
         self.cfg, self.out, self.bad, self.skipped = cfg, Path(cfg.out), 0, 0
         self.began = time.time()  # moved back by what earlier sittings of a resumed run took
-        cuda = torch.cuda.is_available()
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if cuda and local >= torch.cuda.device_count():
-            fail(f"process {local} has no GPU: {torch.cuda.device_count()} here; lower --nproc_per_node")
-        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
+        if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
+            fail(f"every process needs a GPU, and there are {gpus}: lower --nproc_per_node")
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
         if cuda:
             torch.cuda.set_device(self.device)
         if WORLD > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
+            hours = datetime.timedelta(hours=24)  # the others wait while rank 0 decodes a dataset
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=hours)
         if (self.out / "ckpt.pt").exists() and not cfg.resume and not cfg.overwrite:
             fail(f"{self.out} holds a run already: --resume it, --overwrite it, or choose another --out")
         barrier()  # nobody writes before everybody has looked
@@ -852,6 +867,7 @@ class Run:
         if RANK == 0:  # forget the lines that the checkpoint does not know
             path = self.out / "log.jsonl"
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            lines = [line for line in lines if line.endswith(b"\n")]  # a crash can tear the last
             kept = b"".join(line for line in lines if json.loads(line)["step"] <= ckpt["step"])
             atomic_write(path, lambda file: file.write(kept))
         return ckpt["step"]
@@ -900,7 +916,7 @@ class Run:
 def panels(columns, path):
     """PNG of titled panels side by side: points (N, 2) as a density, images (N, 3, H, W) uint8 as a grid."""
     pictures = [density(value) if value.ndim == 2 else grid(value) for value in columns.values()]
-    width, height = pictures[0].size
+    width, height = (max(sizes) for sizes in zip(*(picture.size for picture in pictures)))
     sheet = Image.new("RGB", (len(pictures) * (width + 8), height + 28), "white")
     for i, (title, picture) in enumerate(zip(columns, pictures)):
         left = i * (width + 8) + 4
@@ -926,7 +942,7 @@ def grid(images):
     for i, image in enumerate(images.cpu().numpy()):
         top, left = i // columns * h, i % columns * w
         sheet[top:top + h, left:left + w] = image.transpose(1, 2, 0)
-    zoom = max(1, 48 // h)
+    zoom = max(1, 48 // h, 96 // sheet.shape[1])
     return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.NEAREST)
 
 
@@ -1015,14 +1031,18 @@ def write_samples(cfg, sample):
     if cfg.label >= 0 and cfg.label >= classes:
         valid = f"the classes are 0..{classes - 1}" if classes else "the network has no classes"
         fail(f"--label {cfg.label}: {valid}")
-    noise, y, gen = noise_and_labels(cfg, net, 0, cfg.sample, cfg.seed, device)
-    x = sample(net, noise, y, cfg.nfe, cfg, gen).cpu()
+    parts, labels = [], []
+    for lo in tqdm(range(0, cfg.sample, 1024), desc="sample", disable=None):
+        noise, y, gen = noise_and_labels(cfg, net, lo, min(lo + 1024, cfg.sample), cfg.seed, device)
+        parts.append(sample(net, noise, y, cfg.nfe, cfg, gen).cpu())
+        labels.append(y)
+    x = torch.cat(parts)
     path = Path(cfg.save or f"{cfg.out}/samples.png")
     values = x if toy else Images.to_uint8(x)
     if path.suffix == ".png":
         panels({f"{cfg.sample} samples, {cfg.nfe} NFE": values}, path)
     else:
-        labels = {} if y is None else dict(arr_1=y.cpu().numpy())
+        labels = dict(arr_1=torch.cat(labels).cpu().numpy()) if classes else {}
         arrays = values.numpy() if toy else values.permute(0, 2, 3, 1).numpy()
         atomic_write(path, lambda file: np.savez(file, arr_0=arrays, **labels))
     print(f"wrote {path}")

@@ -54,19 +54,20 @@ def feature_network(name, device):
 
 @torch.no_grad()
 def draw_samples(path, nfe, n, batch, device):
-    """n samples of a run and their initial noise, (n, *shape); sample i is the same for every n and batch."""
+    """n samples of a run, their initial noise and labels; sample i is the same for every n and batch."""
     ckpt = common.read_checkpoint(path)
     if ckpt["script"] not in SCRIPTS:
         common.fail(f"{path} names an unknown script, {ckpt['script']!r}")
     script = importlib.import_module(ckpt["script"])
     known = script.Config.__dataclass_fields__
     cfg = script.Config(**{k: v for k, v in ckpt["config"].items() if k in known})
-    net, samples, noises = common.load_net(path).to(device), [], []
+    net, samples, noises, labels = common.load_net(path).to(device), [], [], []
     for lo in tqdm(range(0, n, batch), desc=f"{path}, {nfe} NFE", leave=False, disable=None):
         noise, y, gen = common.noise_and_labels(cfg, net, lo, min(lo + batch, n), 0, device)
         noises.append(noise.cpu())
+        labels.append(y if y is None else y.cpu())
         samples.append(script.sample(net, noise, y, nfe, cfg, gen).cpu())
-    return torch.cat(samples), torch.cat(noises), cfg
+    return torch.cat(samples), torch.cat(noises), None if labels[0] is None else torch.cat(labels), cfg
 
 
 def main(argv=None):
@@ -86,12 +87,13 @@ def main(argv=None):
     rows, columns, reference = [], {}, None
     for path in args.runs:
         for nfe in args.nfe:
-            x, noise, cfg = draw_samples(path, nfe, args.n, args.batch, device)
+            x, noise, y, cfg = draw_samples(path, nfe, args.n, args.batch, device)
             row = dict(run=str(path), mode=cfg.mode, samples_seen=cfg.steps * cfg.batch, nfe=nfe)
             if x.ndim == 2:
                 data = common.dataset(cfg)
                 fresh, _ = data.batch(common.Draw(cfg.seed, 2**32, 0, args.n))
-                exact = common.solve(data, noise.double(), common.ode_times(512, cfg.sigma_d))
+                times = common.ode_times(512, cfg.sigma_d)
+                exact = common.solve(data, noise.double(), times, y, cfg.sigma_d)
                 row["energy_distance"] = common.energy_distance(x, fresh)
                 if nfe == 1 or cfg.mode == "diffusion":  # more steps add fresh noise: other samples, no error
                     row["ode_error"] = float((x.double() - exact).square().mean().sqrt())

@@ -32,7 +32,7 @@ from common import like
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config:
-    dataset: str = "gmm"  # gmm, shapes, folder, cifar10
+    dataset: str = "gmm"  # gmm, shapes, folder, cifar10; some scripts imagenet64 (a folder, too)
     mode: str = "scd"  # training objective, see --help's first lines
     data: str = ""  # folder with class subfolders, EDM-style zip (folder) or cifar-10-binary.tar.gz (cifar10)
     out: str = ""  # the run's folder; "" = out/<script>
@@ -101,17 +101,13 @@ PRESETS = {
     # FID of 1 / 2 steps: sct 2.85 / 2.06, scd 3.66 / 2.52; teacher 2.15. # DEPARTS: EDM2's U-Net, not DDPM++
     "cifar10": dict(batch=512, steps=400_000, lr=1e-4, optimizer="radam", ema_sigma_rel=0.0, channels=128,
                     channel_mult=(1, 2, 2), blocks=3, attention=(16,), save_every=2500),
-    ("cifar10", "diffusion"): dict(lr=1e-2, lr_ref=35_000, optimizer="adam", dropout=0.13,  # EDM2's lr
-                                   P_mean=-1.2, P_std=1.2),
+    ("cifar10", "diffusion"): dict(lr=1e-2, lr_warmup=20_000, lr_ref=35_000, optimizer="adam",
+                                   dropout=0.13, P_mean=-1.2, P_std=1.2),  # EDM2's lr, for its U-Net
     ("cifar10", "sct"): dict(dropout=0.2),
 }
 
 
 # --------------------------------------------------------------------------------- process: times and noise
-def t_max(cfg):
-    return math.atan(80 / cfg.sigma_d)  # 1.5646: EDM's largest sigma, not pi/2
-
-
 def sample_t(gen, cfg):
     """Log-normal proposal: sigma_d tan(t) = e^tau, tau ~ N(P_mean, P_std^2); (B,) float64."""
     tau = cfg.P_mean + cfg.P_std * gen.normal(dtype=torch.float64)
@@ -247,14 +243,17 @@ LOSSES = {"diffusion": diffusion, "scd": scd, "sct": sct, "dscd": dscd}
 # ------------------------------------------------------------------------------------------------- sampler
 @torch.no_grad()
 def sample(net, noise, y, nfe, cfg, gen):
-    """noise ~ N(0, sigma_d^2 I) (B, ...) at t_max -> x_0. A second step starts from fresh noise at t = 1.1
+    """noise ~ N(0, sigma_d^2 I) (B, ...) -> x_0. A second step starts from fresh noise at t = 1.1
     (Sec. 5.2). # DEPARTS: further ones are spread evenly below 1.1, the paper names none."""
+    guided = cfg.guidance != 1 or cfg.guidance_max > 1
+    x, s = noise, noise.new_full(noise.shape[:1], cfg.guidance) if guided else None
     if cfg.mode == "diffusion":
-        return common.solve(net, noise, common.ode_times((nfe + 1) // 2, cfg.sigma_d), y, cfg.sigma_d)
-    x, s = noise, noise.new_full(noise.shape[:1], cfg.guidance) if cfg.guidance_max > 1 else None
+        def F(x, t, y):
+            return teacher_velocity(net, cfg.sigma_d * x, t, y, s, cfg) / cfg.sigma_d
+        return common.solve(F, noise, common.ode_times((nfe + 1) // 2, cfg.sigma_d), y, cfg.sigma_d)
     for i in range(nfe):
-        t = torch.full(noise.shape[:1], cfg.mid_t * (nfe - i) / (nfe - 1) if i else t_max(cfg),
-                       dtype=torch.float64, device=noise.device)
+        angle = cfg.mid_t * (nfe - i) / (nfe - 1) if i else math.atan(80 / cfg.sigma_d)  # EDM's sigma_max
+        t = torch.full(noise.shape[:1], angle, dtype=torch.float64, device=noise.device)
         if i:
             x = like(t.cos(), x) * x + like(t.sin(), x) * cfg.sigma_d * gen.normal(*x.shape[1:])
         x = f(net, x, t, y, cfg, s)
@@ -311,8 +310,9 @@ def main(argv=None):
     cfg = common.parse_args(Config, PRESETS, LOSSES, argv)
     if cfg.mode in ("scd", "dscd") and not cfg.teacher:
         common.fail(f"--mode {cfg.mode} distills a teacher: give --teacher RUN (or exact, for gmm)")
-    if cfg.guidance_max > 1 and not cfg.conditional:
-        common.fail("--guidance_max above 1 needs a class-conditional network: --conditional")
+    able = cfg.conditional and cfg.mode != "sct" and (cfg.guidance_max > 1) == (cfg.mode != "diffusion")
+    if (cfg.guidance != 1 or cfg.guidance_max > 1) and not able:
+        common.fail("guidance needs --conditional, and scd or dscd trained with --guidance_max, or diffusion")
     common.write_samples(cfg, sample) if cfg.sample else train(cfg)
 
 

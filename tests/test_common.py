@@ -57,11 +57,11 @@ def test_edm_and_vp_are_trigflow_in_other_coordinates(alpha, sigma):
 
 
 def test_grid_values():
-    """EDM's grid, against numbers published with the CM checkpoints; sCM's first time."""
+    """EDM's grid, against numbers published with the CM checkpoints; TrigFlow's largest angle."""
     for i, n, sigma in [(22, 40, 1.3824), (17, 40, 4.3656), (106, 201, 1.9128), (11, 18, 0.5853)]:
         assert common.karras(n)[i] == pytest.approx(sigma, abs=1e-4)
     assert common.karras(18)[0] == pytest.approx(80) and common.karras(18)[-1] == pytest.approx(0.002)
-    assert scm.t_max(scm.Config()) == pytest.approx(1.5645464, abs=1e-7)
+    assert common.ode_times(18, 0.5)[0] == pytest.approx(1.5645464, abs=1e-7)
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("ddim", 1), ("heun", 2)])

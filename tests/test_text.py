@@ -10,7 +10,7 @@ import common
 
 ROOT = Path(common.__file__).parent
 SCRIPTS = [p for p in ("cm", "direct_cm", "multistep_cm", "sct", "scm") if (ROOT / f"{p}.py").exists()]
-BUDGET = dict(cm=380, multistep_cm=280, sct=300, scm=320, direct_cm=400, common=1030, eval=320)
+BUDGET = dict(cm=405, multistep_cm=280, sct=300, scm=320, direct_cm=405, common=1050, eval=320)
 BANNERS = ["imports", "Config", "PRESETS", "process: times and noise", "consistency function f", "loss", "sampler",
            "train", "main"]
 
