@@ -291,14 +291,17 @@ def edit(net, cfg):
     A, inverse, known = common.operator(cfg.edit, net.options["shape"], mask, cfg.patch)
     reference, gen = A(x), common.Draw(cfg.seed, 0, 0, 1)
     first = cfg.sigma or (1.0 if cfg.edit in ("stroke", "denoise", "interpolate") else 80.0)
-    columns = {"input": x, "degraded": inverse(reference * known) if known.any() else x}
-    start, x = {"denoise": x}.get(cfg.edit), columns["degraded"]
+    columns, start = {"input": x}, x if cfg.edit == "denoise" else None
+    if known.any():
+        x = columns["degraded"] = inverse(reference * known)
+    if cfg.edit == "colorize":  # shown in gray; the part of x along luma is greenish
+        columns["degraded"] = torch.einsum("bchw,c->bhw", columns["input"], common.LUMA)[:, None].expand_as(x)
     if cfg.edit == "interpolate":
         a, b = (v + first * gen.normal(*v.shape[1:]) for v in (x, other))
         angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
         u = torch.linspace(0, 1, 9).view(-1, 1, 1, 1)
         start = (torch.sin((1 - u) * angle) * a + torch.sin(u * angle) * b) / torch.sin(angle)
-        columns = {"input": x, "with": other}
+        columns["with"] = other
     y = torch.tensor([max(cfg.label, 0)]) if net.options["classes"] else None
     rest = [s for s in common.karras(40).tolist() if s < first] if start is None else []
     for sigma in [first, *rest]:

@@ -327,6 +327,9 @@ def read_image(path, shape):
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
+LUMA = torch.tensor([0.2989, 0.5870, 0.1140])
+
+
 def operator(name, shape, mask=None, p=4):
     """Orthonormal A on images (B, C, H, W), its inverse, and which coefficients of A x the input knows: for
     inpaint where mask (1, 3, H, W) > 0, for colorize the luma, for superres the means of p x p patches."""
@@ -337,7 +340,7 @@ def operator(name, shape, mask=None, p=4):
         return Q * R[0, 0].sign()
     c, h, w = shape
     if name == "colorize":
-        Q = basis(torch.tensor([0.2989, 0.5870, 0.1140]))
+        Q = basis(LUMA)
         return (lambda x: torch.einsum("bchw,cd->bdhw", x, Q), lambda x: torch.einsum("bdhw,cd->bchw", x, Q),
                 torch.arange(3).view(3, 1, 1) == 0)
     if name == "superres":
