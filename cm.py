@@ -22,6 +22,7 @@ stop-gradient (CIFAR-10's cd, and ict).
 import copy
 import functools
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -341,7 +342,7 @@ def train(cfg):
     optimizer = common.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
     state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
-    start = run.resume(state) if cfg.resume else run.start(state)
+    start = run.resume(state) if cfg.resume else 0
     wrapped = run.wrap(net)  # for gradients; the bare net for everything else
     for step in run.steps(start):
         for group in optimizer.param_groups:
@@ -365,9 +366,11 @@ def train(cfg):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
+        if done == 1:
+            run.start()
         if done % cfg.log_every == 0 or done == cfg.steps:
             run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
-        if done % cfg.save_every == 0 or done == cfg.steps:
+        if done % cfg.save_every == 0 or done in (1, cfg.steps):
             run.save(state, done)
         if done % cfg.sample_every == 0 or done == cfg.steps:
             common.report(cfg, run, done, sample, ema, data, teacher)
@@ -378,8 +381,13 @@ def main(argv=None):
     cfg = common.parse_args(Config, PRESETS, LOSSES, argv)
     if cfg.mode in ("cd", "ctcd") and not cfg.teacher:
         common.fail(f"--mode {cfg.mode} distills a teacher: give --teacher RUN (or exact, for gmm)")
-    if cfg.scales < (2 if cfg.mode == "cd" else cfg.scales_start) or min(cfg.sigmas, default=1) < 0.002:
-        common.fail("--scales must be at least 2 and --scales_start, and --sigmas at least 0.002")
+    words = sys.argv if argv is None else argv
+    if "--sigmas" in words and "--nfe" not in words:
+        cfg.nfe = len(cfg.sigmas)
+    if cfg.scales < (2 if cfg.mode == "cd" else cfg.scales_start):
+        common.fail(f"--scales must be at least 2, and at least --scales_start, not {cfg.scales}")
+    if not cfg.sigmas or not all(a > b >= 0.002 for a, b in zip((1e6, *cfg.sigmas), cfg.sigmas)):
+        common.fail("--sigmas must be noise levels that fall, none below 0.002, such as 80,1.4")
     if cfg.mode == "diffusion" and cfg.search:
         common.fail("--search is for consistency models: a diffusion model has no levels to choose")
     if cfg.edit:

@@ -48,12 +48,22 @@ def fail(message):
     raise SystemExit(2)
 
 
+def interrupted(kind, error, trace):
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, trace)
+    tqdm.write("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+
+
+sys.excepthook = interrupted  # Ctrl-C ends in one line
+
+
 # ----------------------------------------------------------------------------------------------- 1. config
 
 NET_FIELDS = ("image_size", "conditional", "channels", "channel_mult", "blocks", "attention", "emb",
               "emb_scale", "c_noise", "double_norm", "sigma_d")
 
 
+ONE_CALL = ("resume", "overwrite", "sample", "nfe", "label", "save")  # flags that a run does not remember
 AT_LEAST_1 = ("steps", "batch", "nfe", "log_every", "save_every", "sample_every", "channels", "blocks",
               "intervals", "patch", "scales", "scales_start")
 
@@ -78,14 +88,14 @@ def parse_args(Config, presets, modes, argv=None):
     flags = vars(flags)
     if unknown:
         fail(f"unknown argument {unknown[0]}; the flags are --{', --'.join(fields)}")
-    flags.setdefault("out", f"out/{script}")
+    flags["out"] = flags.get("out") or f"out/{script}"
 
     stored = {}
     if any(flags.get(name) for name in ("resume", "sample", "edit", "search")):
         ckpt = read_checkpoint(flags["out"])
         if ckpt["script"] != script:
             fail(f"{flags['out']} was written by {ckpt['script']}.py: run that script with it")
-        stored = ckpt["config"]
+        stored = {k: v for k, v in ckpt["config"].items() if k in fields and k not in ONE_CALL}
     choice = {name: (stored | flags).get(name, fields[name].default) for name in ("dataset", "mode")}
     for name, valid in (("dataset", [d for d in presets if isinstance(d, str)]), ("mode", list(modes))):
         if choice[name] not in valid:
@@ -99,9 +109,13 @@ def parse_args(Config, presets, modes, argv=None):
         value, least = getattr(cfg, name), int(name in AT_LEAST_1)
         if field.type in (int, float) and name not in ("P_mean", "label") and not least <= value < math.inf:
             fail(f"--{name} must be at least {least}, not {value}")
-    for name, most in (("dropout", 0.99), ("label_dropout", 1), ("lr_cooldown", 1), ("ema_sigma_rel", 0.28)):
+    for name, most in (("dropout", 0.99), ("label_dropout", 1), ("lr_cooldown", 1), ("ema_sigma_rel", 0.28),
+                       ("beta2", 0.99999), ("seed", 2**63 - 1)):
         if getattr(cfg, name) > most:
             fail(f"--{name} must be at most {most}, not {getattr(cfg, name)}")
+    whole = cfg.channel_mult and all(type(m) is int and m > 0 for m in cfg.channel_mult)
+    if cfg.channels % 2 or not (whole and cfg.sigma_d and (cfg.ema_sigma_rel or cfg.ema_halflife)):
+        fail("--channels must be even, --channel_mult whole numbers, --sigma_d and one of --ema_* above 0")
     if cfg.batch % (WORLD * (cfg.micro or 1)):
         fail(f"--batch {cfg.batch} must be a multiple of processes x --micro, {WORLD} x {cfg.micro or 1}")
     if cfg.save and Path(cfg.save).suffix not in (".png", ".npz"):
@@ -259,26 +273,33 @@ def read_folder(cfg):
     root = Path(cfg.data or fail("--dataset folder needs --data PATH: class subfolders, or a zip"))
     if root.is_dir():
         names = sorted(str(p.relative_to(root)) for p in root.rglob("*")
-                       if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"))
-        classes = sorted({Path(n).parts[0] for n in names if len(Path(n).parts) > 1})
-        labels = [classes.index(Path(n).parts[0]) if len(Path(n).parts) > 1 else 0 for n in names]
-        archive = None
+                       if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp") and p.is_file())
+        tops = [Path(n).parts[0] if len(Path(n).parts) > 1 else "" for n in names]
+        classes = sorted(set(tops))
+        if "" in classes and len(classes) > 1:
+            fail(f"--data {root}: images in class folders and beside them, such as {names[tops.index('')]}")
+        labels, archive = [classes.index(top) for top in tops], None
     elif zipfile.is_zipfile(root):
         archive = zipfile.ZipFile(root)
         names = sorted(n for n in archive.namelist() if n.lower().endswith((".png", ".jpg", ".jpeg")))
-        table = json.loads(archive.read("dataset.json")) if "dataset.json" in archive.namelist() else {}
-        table = dict(table.get("labels") or {})
-        labels = [int(table.get(n, 0)) for n in names]
+        try:
+            table = json.loads(archive.read("dataset.json")) if "dataset.json" in archive.namelist() else {}
+            table = dict(table.get("labels") or {})
+            labels = [table[n] if table else 0 for n in names]
+            assert all(type(v) is int and 0 <= v < len(names) for v in labels)
+        except Exception as error:
+            fail(f"--data {root}: its dataset.json does not give every image a whole number ({error!r})")
     else:
         fail(f"--data {root}: neither a folder nor a zip file")
     if not names:
         fail(f"--data {root}: no images (.png, .jpg, .jpeg, .bmp, .webp) in it")
 
     def decode(name):
-        file = io.BytesIO(archive.read(name)) if archive else root / name
         try:
-            image = Image.open(file).convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            image = Image.open(io.BytesIO(archive.read(name)) if archive else root / name)
+            assert image.mode[0] not in "IF", f"{image.mode} pixels, only 8-bit images are read"
+            image = image.convert("RGB")
+        except Exception as error:  # decoders raise many kinds
             fail(f"cannot read the image {root / name}: {error}")
         image = centre_crop(image, cfg.image_size) if cfg.image_size else image
         return np.asarray(image).transpose(2, 0, 1)  # (3, H, W)
@@ -370,7 +391,8 @@ def read_cifar10(cfg):
             files = sorted(n for n in archive.getnames() if re.search(r"data_batch_\d\.bin$", n))
             rows = np.concatenate([np.frombuffer(archive.extractfile(n).read(), np.uint8) for n in files])
             rows = rows.reshape(-1, 1 + 3 * 32 * 32)  # label, then R, G, B planes
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+            assert rows[:, 0].max() < 10, "labels above 9"
+    except Exception as error:  # damage shows in many ways
         fail(f"{path} is not CIFAR-10's binary archive, cifar-10-binary.tar.gz ({error})")
     if cfg.image_size not in (0, 32):
         fail("--dataset cifar10 is 32 x 32 pixels; for other sizes unpack it and use --dataset folder")
@@ -743,8 +765,8 @@ def read_checkpoint(path):
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, by where the damage is
-        fail(f"{path} is truncated, or no checkpoint ({str(error).splitlines()[0][:100]})")
-    if not isinstance(ckpt, dict) or not {"script", "config", "options", "net", "ema"} <= ckpt.keys():
+        fail(f"{path} is truncated, or no checkpoint ({type(error).__name__})")
+    if not isinstance(ckpt, dict) or not {"script", "config", "options", "net", "ema", "step"} <= ckpt.keys():
         fail(f"{path} was not written by one of these scripts")
     return ckpt
 
@@ -757,8 +779,11 @@ def load_net(path, data=None):
         fail(f"{path} is a network for data of shape {tuple(options['shape'])}; this data has {data.shape}")
     if data and options["classes"] not in (0, data.classes):
         fail(f"{path} is a network for {options['classes']} classes; this data has {data.classes}")
-    net = build(options)
-    net.load_state_dict(ckpt["ema"])
+    try:
+        net = build(options)
+        net.load_state_dict(ckpt["ema"])
+    except (RuntimeError, TypeError, KeyError, AttributeError):
+        fail(f"{path} is damaged, or of another version of this code: its weights do not fit its network")
     return net.eval().requires_grad_(False)
 
 
@@ -830,6 +855,8 @@ class Run:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=hours)
         if (self.out / "ckpt.pt").exists() and not cfg.resume and not cfg.overwrite:
             fail(f"{self.out} holds a run already: --resume it, --overwrite it, or choose another --out")
+        if cfg.overwrite and self.out.resolve() in (Path(cfg.teacher).resolve(), Path(cfg.init).resolve()):
+            fail(f"--overwrite would replace {self.out}, the --teacher or --init: choose another --out")
         barrier()  # nobody writes before everybody has looked
         share, micro = cfg.batch // WORLD, cfg.micro or cfg.batch // WORLD
         self.rows = [(RANK * share + i, RANK * share + i + micro) for i in range(0, share, micro)]
@@ -864,9 +891,11 @@ class Run:
         try:
             for name, part in state.items():
                 part.load_state_dict(ckpt[name])
+            self.began = time.time() - ckpt["seconds"]
         except (RuntimeError, KeyError, ValueError):
             fail(f"{self.out} cannot be resumed with these flags: they change the network or the optimizer")
-        self.began = time.time() - ckpt["seconds"]
+        if ckpt["step"] >= self.cfg.steps:
+            print(f"{self.out} is finished, at step {ckpt['step']}; a higher --steps goes on")
         if RANK == 0:  # forget the lines that the checkpoint does not know
             path = self.out / "log.jsonl"
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -875,14 +904,12 @@ class Run:
             atomic_write(path, lambda file: file.write(kept))
         return ckpt["step"]
 
-    def start(self, state):
-        """Write config.json and a first checkpoint, so that a run can be resumed from its first moment."""
+    def start(self):
+        """config.json and an empty log, once a first step has worked: so a bad flag overwrites nothing."""
         if RANK == 0:
             text = json.dumps(vars(self.cfg), indent=1)
             atomic_write(self.out / "config.json", lambda file: file.write(text.encode()))
             atomic_write(self.out / "log.jsonl", lambda file: None)
-        self.save(state, 0)
-        return 0
 
     def save(self, state, step):
         """All numbers are drawn from (seed, step, position), so seed and step are the whole RNG state."""
@@ -1028,6 +1055,8 @@ def report(cfg, run, step, sample, net, data, teacher, nfes=None):
 @torch.no_grad()
 def write_samples(cfg, sample):
     """--sample N --nfe K: a grid (.png), or ADM's .npz (arr_0 uint8 NHWC or float points, arr_1 labels)."""
+    if RANK:
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = load_net(cfg.out).to(device)
     toy, classes = len(net.options["shape"]) == 1, net.options["classes"]

@@ -67,7 +67,8 @@ def draw_samples(path, nfe, n, batch, device):
         noises.append(noise.cpu())
         labels.append(y if y is None else y.cpu())
         samples.append(script.sample(net, noise, y, nfe, cfg, gen).cpu())
-    return torch.cat(samples), torch.cat(noises), None if labels[0] is None else torch.cat(labels), cfg
+    labels = None if labels[0] is None else torch.cat(labels)
+    return torch.cat(samples), torch.cat(noises), labels, cfg, ckpt["step"] * cfg.batch
 
 
 def main(argv=None):
@@ -84,11 +85,11 @@ def main(argv=None):
     if min(args.nfe + [args.n, args.batch]) < 1:
         common.fail("--nfe, --n and --batch must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows, columns, reference = [], {}, None
+    rows, columns, references = [], {}, {}
     for path in args.runs:
         for nfe in args.nfe:
-            x, noise, y, cfg = draw_samples(path, nfe, args.n, args.batch, device)
-            row = dict(run=str(path), mode=cfg.mode, samples_seen=cfg.steps * cfg.batch, nfe=nfe)
+            x, noise, y, cfg, seen = draw_samples(path, nfe, args.n, args.batch, device)
+            row = dict(run=str(path), mode=cfg.mode, samples_seen=seen, nfe=nfe)
             if x.ndim == 2:
                 data = common.dataset(cfg)
                 fresh, _ = data.batch(common.Draw(cfg.seed, 2**32, 0, args.n))
@@ -100,11 +101,12 @@ def main(argv=None):
             else:
                 x = common.Images.to_uint8(x)
                 features = feature_network(args.features, device)
-                if reference is None:
+                key = args.reference or (cfg.dataset, cfg.data, cfg.image_size)
+                if key not in references:
                     images = reference_images(args.reference, cfg)
-                    reference = statistics(images, features, args.batch, device)
+                    references[key] = statistics(images, features, args.batch, device)
                 ours = statistics(x, features, args.batch, device)
-                row["frechet_distance"] = common.frechet_distance(*ours, *reference)
+                row["frechet_distance"] = common.frechet_distance(*ours, *references[key])
             rows.append(row)
             columns[f"{Path(path).name}, {nfe} NFE"] = x[:36] if x.ndim > 2 else x
     names = list(dict.fromkeys(name for row in rows for name in row))

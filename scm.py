@@ -274,7 +274,7 @@ def train(cfg):
     optimizer = common.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
     state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
-    start = run.resume(state) if cfg.resume else run.start(state)
+    start = run.resume(state) if cfg.resume else 0
     wrapped = run.wrap(net)  # for gradients; the bare net for everything else
     for step in run.steps(start):
         for group in optimizer.param_groups:
@@ -297,9 +297,11 @@ def train(cfg):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
+        if done == 1:
+            run.start()
         if done % cfg.log_every == 0 or done == cfg.steps:
             run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
-        if done % cfg.save_every == 0 or done == cfg.steps:
+        if done % cfg.save_every == 0 or done in (1, cfg.steps):
             run.save(state, done)
         if done % cfg.sample_every == 0 or done == cfg.steps:
             common.report(cfg, run, done, sample, ema, data, teacher)
