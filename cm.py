@@ -37,6 +37,7 @@ from common import like
 class Config:
     dataset: str = "gmm"  # gmm, shapes, folder, cifar10; some scripts imagenet64 (a folder, too)
     mode: str = "cd"  # training objective, see --help's first lines
+    size: str = ""  # other size of the preset's network, such as M; "" = its own
     data: str = ""  # folder with class subfolders, EDM-style zip (folder) or cifar-10-binary.tar.gz (cifar10)
     out: str = ""  # the run's folder; "" = out/<script>
     image_size: int = 0  # crop and resize images to this many pixels; 0 = as they are
@@ -101,7 +102,9 @@ ICT = dict(scales_start=10, scales=1280, metric="huber", sigmas=(80.0, 0.821))
 PRESETS = {
     "gmm": dict(teacher="exact", steps=6000, lr_cooldown=0.3, channels=128, blocks=4, c_noise="log",
                 emb_scale=8.0, scales=40),
-    "shapes": dict(image_size=16, conditional=True, channels=32, blocks=1, steps=1000, batch=64),
+    "shapes": dict(image_size=16, conditional=True, channels=32, blocks=1, steps=1000, batch=64, lr=2e-3,
+                   lr_cooldown=0.5),
+    ("shapes", "diffusion"): dict(steps=2000, lr=1e-2, lr_warmup=100, P_mean=-1.2, P_std=1.2),
     "folder": dict(conditional=True, steps=1000, batch=128, lr=2e-3, lr_cooldown=0.5, blocks=1),
     ("folder", "diffusion"): dict(steps=3000, lr=1e-2, lr_warmup=100, label_dropout=0.1, P_mean=-1.2,
                                   P_std=1.2),
@@ -332,7 +335,7 @@ def search(net, cfg, data, n=2000):
 def train(cfg):
     run = common.Run(cfg)
     data = common.dataset(cfg, run.device)
-    teacher = common.load_teacher(cfg, data, run.device)
+    teacher = common.load_teacher(cfg, data, run.device)  # <- method
     options = dict(head=False)  # <- method
     net = common.network(cfg, data, **options)
     common.load_init(net, cfg, data)
@@ -373,7 +376,8 @@ def train(cfg):
         if done % cfg.save_every == 0 or done in (1, cfg.steps):
             run.save(state, done)
         if done % cfg.sample_every == 0 or done == cfg.steps:
-            common.report(cfg, run, done, sample, ema, data, teacher)
+            nfes = (1, 2)  # <- method
+            common.report(cfg, run, done, sample, ema, data, teacher, nfes)
 
 
 # ---------------------------------------------------------------------------------------------------- main

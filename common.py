@@ -8,7 +8,7 @@ One convention for every network and every teacher, TrigFlow's (sCM, Sec. 3):
     x_t = cos(t) x_0 + sin(t) z,  z ~ N(0, sigma_d^2 I)       F predicts (cos(t) z - sin(t) x_0) / sigma_d
 
 The other processes are the same curve in other coordinates (`to_trigflow`), so a teacher is anything with
-this signature: a checkpoint of ours, or the exact one of a Gaussian mixture (`Ring`).
+this signature: a checkpoint of ours, or the exact one of a `Mixture` of Gaussians.
 """
 import argparse
 import contextlib
@@ -69,8 +69,8 @@ AT_LEAST_1 = ("steps", "batch", "nfe", "log_every", "save_every", "sample_every"
 
 
 def parse_args(Config, presets, modes, argv=None):
-    """Command line -> Config. Later wins: defaults, presets[dataset], presets[dataset, mode], the network of
-    --init or --teacher, the stored run (--resume, --sample), flags. Ends the program on anything unknown."""
+    """Command line -> Config. Later wins: defaults, presets[dataset], presets[dataset, mode], presets[dataset,
+    size], the network of --init or --teacher, the stored run (--resume, --sample), flags. Ends the program on anything unknown."""
     fields = {f.name: f for f in dataclasses.fields(Config)}
     comment = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     script = Path(inspect.getfile(Config)).stem
@@ -96,11 +96,14 @@ def parse_args(Config, presets, modes, argv=None):
         if ckpt["script"] != script:
             fail(f"{flags['out']} was written by {ckpt['script']}.py: run that script with it")
         stored = {k: v for k, v in ckpt["config"].items() if k in fields and k not in ONE_CALL}
-    choice = {name: (stored | flags).get(name, fields[name].default) for name in ("dataset", "mode")}
-    for name, valid in (("dataset", [d for d in presets if isinstance(d, str)]), ("mode", list(modes))):
+    choice = {name: (stored | flags).get(name, fields[name].default) for name in ("dataset", "mode", "size")}
+    sizes = [k[1] for k in presets if k[0] == choice["dataset"] and k[1] not in modes]
+    for name, valid in (("dataset", [d for d in presets if isinstance(d, str)]), ("mode", list(modes)),
+                        ("size", ["", *sizes])):
         if choice[name] not in valid:
-            fail(f"unknown {name} {choice[name]!r}; the {name}s are {', '.join(valid)}")
-    values = presets[choice["dataset"]] | presets.get((choice["dataset"], choice["mode"]), {})
+            fail(f"unknown {name} {choice[name]!r}; the {name}s are {', '.join(valid) or 'the default'}")
+    named = [presets.get((choice["dataset"], part), {}) for part in (choice["mode"], choice["size"])]
+    values = presets[choice["dataset"]] | named[0] | named[1]
     source = init_path(values | flags)
     if source and not stored:
         values |= {k: v for k, v in read_checkpoint(source)["config"].items() if k in NET_FIELDS}
@@ -188,41 +191,56 @@ class Draw:
 
 def dataset(cfg, device="cpu"):
     """The dataset that cfg names: an object with shape, classes and batch(gen)."""
-    if cfg.dataset == "gmm":
-        return Ring(cfg).to(device)
+    if cfg.dataset in ("gmm", "modes"):
+        return dict(gmm=ring, modes=modes)[cfg.dataset](cfg).to(device)
     reader = {"shapes": draw_shapes, "cifar10": read_cifar10}.get(cfg.dataset, read_folder)
     return Images(cfg, *reader(cfg))
 
 
-class Ring(nn.Module):
-    """Eight Gaussians on a ring in 2-D, class = component, every coordinate of standard deviation sigma_d.
+class Mixture(nn.Module):
+    """Gaussians around given means, (K, D), in 2-D or 1-D; class = component.
 
     As a module it is its own exact teacher: F = E[cos(t) z - sin(t) x_0 | x_t] / sigma_d in closed form."""
-    shape, classes = (2,), 8
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, mean, std):
         super().__init__()
-        self.cfg, self.sigma_d, self.std = cfg, cfg.sigma_d, 0.1 * cfg.sigma_d  # std: of a component
-        angle = torch.arange(8, dtype=torch.float64) * math.pi / 4
-        radius = math.sqrt(2 * (self.sigma_d**2 - self.std**2))
-        self.register_buffer("mean", radius * torch.stack([angle.cos(), angle.sin()], dim=1))  # (8, 2)
+        self.cfg, self.sigma_d, self.std = cfg, cfg.sigma_d, std  # std: of a component
+        self.shape, self.classes = tuple(mean.shape[1:]), len(mean)
+        self.register_buffer("mean", mean)
 
     def batch(self, gen):
-        """x0 (B, 2) float32; y (B,) int64, or None unless cfg.conditional."""
-        y = gen.index(8)
-        return self.mean[y].float() + self.std * gen.normal(2), gen.labels(y, self.cfg)
+        """x0 (B, D) float32; y (B,) int64, or None unless cfg.conditional."""
+        y = gen.index(self.classes)
+        return self.mean[y].float() + self.std * gen.normal(*self.shape), gen.labels(y, self.cfg)
+
+    def chunks(self, device):
+        """Stands for the whole training set, which a mixture has not: 4,096 points, the same at every call."""
+        yield self.batch(Draw(self.cfg.seed, 2**33, 0, 4096, device))
 
     def forward(self, x, t, y=None, s=None):
         cos, sin = t.to(x.dtype).cos()[:, None, None], t.to(x.dtype).sin()[:, None, None]
         variance = (cos * self.std) ** 2 + (sin * self.sigma_d) ** 2            # of x_t within a component
-        delta = (x * self.sigma_d)[:, None] - cos * self.mean.to(x.dtype)       # (B, 8, 2)
+        delta = (x * self.sigma_d)[:, None] - cos * self.mean.to(x.dtype)       # (B, K, D)
         logits = -(delta**2).sum(2) / (2 * variance[:, :, 0])
         if y is not None:                                                       # y = -1 keeps all components
-            other = torch.arange(8, device=x.device) != y[:, None]
+            other = torch.arange(self.classes, device=x.device) != y[:, None]
             logits = logits.masked_fill(other & (y >= 0)[:, None], -math.inf)
         x_0 = self.mean.to(x.dtype) + cos * self.std**2 / variance * delta      # posterior means by component
         z = sin * self.sigma_d**2 / variance * delta
         return (logits.softmax(1)[:, :, None] * (cos * z - sin * x_0)).sum(1) / self.sigma_d
+
+
+def ring(cfg):
+    """gmm: eight Gaussians on a ring in 2-D, every coordinate of standard deviation sigma_d."""
+    angle, std = torch.arange(8, dtype=torch.float64) * math.pi / 4, 0.1 * cfg.sigma_d
+    radius = math.sqrt(2 * (cfg.sigma_d**2 - std**2))
+    return Mixture(cfg, radius * torch.stack([angle.cos(), angle.sin()], dim=1), std)
+
+
+def modes(cfg):
+    """modes: two Gaussians in 1-D, of standard deviation sigma_d in all."""
+    std = 0.2 * cfg.sigma_d
+    return Mixture(cfg, math.sqrt(cfg.sigma_d**2 - std**2) * torch.tensor([[-1.0], [1.0]]).double(), std)
 
 
 class Images:
@@ -242,8 +260,15 @@ class Images:
     def batch(self, gen):
         """x0 (B, 3, H, W) float32; y (B,) int64, or None unless cfg.conditional."""
         index = gen.index(len(self.images)).cpu()
-        pixels = torch.from_numpy(np.ascontiguousarray(self.images[index.numpy()])).to(gen.device)
-        return pixels.float() / 127.5 - 1, gen.labels(self.labels[index].to(gen.device), self.cfg)
+        return self.x0(index.numpy(), gen.device), gen.labels(self.labels[index].to(gen.device), self.cfg)
+
+    def chunks(self, device, size=4096):
+        """The whole training set, `size` images and their labels at a time."""
+        for rows in (slice(lo, lo + size) for lo in range(0, len(self.images), size)):
+            yield self.x0(rows, device), self.labels[rows].to(device)
+
+    def x0(self, rows, device):
+        return torch.from_numpy(np.array(self.images[rows])).to(device).float() / 127.5 - 1
 
     @staticmethod
     def to_uint8(x):
@@ -782,14 +807,17 @@ def load_net(path, data=None):
     try:
         net = build(options)
         net.load_state_dict(ckpt["ema"])
+        if "weak" in ckpt:  # sct.py's guidance; in a tuple, so that it is no part of net
+            net.weak = (build(options).eval().requires_grad_(False),)
+            net.weak[0].load_state_dict(ckpt["weak"])
     except (RuntimeError, TypeError, KeyError, AttributeError):
         fail(f"{path} is damaged, or of another version of this code: its weights do not fit its network")
     return net.eval().requires_grad_(False)
 
 
 def load_teacher(cfg, data, device):
-    """--teacher: 'exact' (gmm only), a run folder or a checkpoint file; None if there is none."""
-    if cfg.teacher == "exact" and cfg.dataset != "gmm":
+    """--teacher: 'exact' (mixtures), a run folder or a checkpoint file; None if there is none."""
+    if cfg.teacher == "exact" and not isinstance(data, Mixture):
         fail(f"--teacher exact knows only --dataset gmm, not {cfg.dataset}: give a run folder")
     if cfg.teacher == "exact":
         return data
@@ -940,7 +968,7 @@ class Run:
                 file.write(line + "\n")
         except OSError as error:
             fail(f"cannot write {self.out}/log.jsonl: {error}; the last checkpoint is untouched")
-        self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k in ("loss", "mse")})
+        self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k in ("loss", "mse", "variance")})
 
 
 def panels(columns, path):
@@ -1014,7 +1042,7 @@ def noise_and_labels(cfg, net, lo, hi, seed, device):
 
 
 @torch.no_grad()
-def report(cfg, run, step, sample, net, data, teacher, nfes=None):
+def report(cfg, run, step, sample, net, data, teacher, nfes):
     """Pictures and metrics.json of the EMA network at the end of training, and the lines that are printed.
 
     2-D: energy distance to fresh data of the samples at each number of network evaluations (NFE), of the
@@ -1023,7 +1051,7 @@ def report(cfg, run, step, sample, net, data, teacher, nfes=None):
     """
     if RANK:
         return
-    nfes = nfes or ((35,) if cfg.mode == "diffusion" else (1, 2))
+    nfes = (35,) if cfg.mode == "diffusion" else nfes
     toy = len(data.shape) == 1
     n = 5000 if toy else 36
     noise, y, gen = noise_and_labels(cfg, net, 0, n, 12345, run.device)
@@ -1033,7 +1061,7 @@ def report(cfg, run, step, sample, net, data, teacher, nfes=None):
         exact = solve(data, noise.double(), ode_times(512, cfg.sigma_d), y, cfg.sigma_d)
         columns = {"data": fresh[0], "exact ODE": exact}
         distance = {"ode": energy_distance(exact, fresh[0]), "data": energy_distance(fresh[1], fresh[0])}
-    elif teacher:
+    elif callable(teacher):
         ode = solve(teacher, noise, ode_times(18, cfg.sigma_d), y, cfg.sigma_d)
         columns = {"teacher, 35 NFE": Images.to_uint8(ode)}
     for nfe in nfes:

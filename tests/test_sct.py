@@ -1,0 +1,265 @@
+"""sct.py: the pair of times, the averaged target, the segments, guidance."""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import sct
+
+
+def config(**values):
+    return sct.Config(**sct.PRESETS["gmm"] | values)
+
+
+def draw(n=64, step=0):
+    return common.Draw(0, step, 0, n)
+
+
+def full(n, value):
+    return torch.full((n,), value, dtype=torch.float64)
+
+
+class Fixed:
+    """A finite training set, as batch and as dataset."""
+    def __init__(self, x, y=None):
+        self.x, self.y = x, y
+
+    def batch(self, gen):
+        return self.x, self.y
+
+    def chunks(self, device, size=7):
+        for lo in range(0, len(self.x), size):
+            yield self.x[lo:lo + size], None if self.y is None else self.y[lo:lo + size]
+
+
+class Gaussian:
+    """x0 ~ N(0, s^2): the exact D for the phased ODE's loss, as F = net(x, t, y)."""
+    s, sd = 0.2, 0.5
+
+    def __init__(self, cfg):
+        self.lower = sct.edges(cfg)
+
+    def point(self, x_t, t, edge):
+        return x_t * ((self.s**2 + edge**2) / (self.s**2 + t**2)).sqrt()[:, None]
+
+    def __call__(self, x, t, y=None):
+        t = self.sd * t.tan()
+        x_t = x * (t**2 + self.sd**2).sqrt()[:, None]
+        edge = self.lower[(self.lower < t[:, None] * (1 - 1e-12)).sum(1) - 1]
+        share = (edge / t)[:, None]
+        D = (self.point(x_t, t, edge) - share * x_t) / (1 - share)                  # Eq. 16, solved for D
+        c_skip, c_out = self.sd**2 / (t**2 + self.sd**2), t * self.sd * (t**2 + self.sd**2).rsqrt()
+        return -(D - c_skip[:, None] * x_t) / c_out[:, None]
+
+
+def brute_force(x_t, t, y, x, labels):
+    """Posterior mean over a finite set, float64, one sample after the other."""
+    rows = []
+    for i in range(len(x_t)):
+        members = x if y is None or y[i] < 0 else x[labels == y[i]]
+        logits = -(x_t[i] - members).double().square().flatten(1).sum(1) / (2 * t[i] ** 2)
+        rows.append((logits.softmax(0).view(-1, *[1] * (x.ndim - 1)) * members.double()).sum(0))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("level", [0.002, 0.1, 1.0, 80.0])
+@pytest.mark.parametrize("shape", [(2,), (3, 8, 8)])
+def test_target_is_the_ideal_denoiser(level, shape):
+    """Over the whole finite dataset x* is E[x_0 | x_t], with and without classes; in float32, in chunks."""
+    g = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(40, *shape, generator=g) / 2, torch.arange(40) % 3
+    x_t = x[:10] + level * torch.randn(10, *shape, generator=g)
+    for y in (None, torch.tensor([0, 1, 2, -1] * 2 + [0, 1])):
+        mean, ours, single = sct.stable_target(x_t, full(10, level), y, Fixed(x, labels).chunks("cpu"))
+        assert torch.allclose(mean.double(), brute_force(x_t, full(10, level), y, x, labels), atol=2e-5)
+        assert (ours <= single * 1.001 + 1e-6).all()
+
+
+def test_weights_vanish_outside_the_class():
+    """Points of other classes, however near, change nothing; without a label they do."""
+    x, y = torch.randn(20, 2), torch.arange(20) % 2
+    moved = torch.where(y[:, None] == 1, torch.zeros(20, 2), x)
+    def target(x, label):
+        return sct.stable_target(torch.zeros(1, 2), full(1, 0.3), torch.tensor([label]), [(x, y)])[0]
+    assert torch.equal(target(x, 0), target(moved, 0)) and not torch.allclose(target(x, -1), target(moved, -1))
+
+
+def test_one_element_reference_is_ect():
+    """The same loss and gradient when the reference set is the anchor alone."""
+    cfg, x0 = config(reference="batch", dataset="fixed"), torch.randn(1, 2)
+    net = common.build(dict(shape=(2,), channels=16, blocks=1, head=False))
+    gradients = []
+    for loss in (sct.ect, sct.sct):
+        value, info = loss(net, net, Fixed(x0), x0, None, 9000, cfg, draw(1))
+        grads = torch.autograd.grad(value, net.parameters(), allow_unused=True)
+        gradients.append(torch.cat([value.view(1), *(g.flatten() for g in grads if g is not None)]))
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_variance_falls_with_the_reference(ring):
+    """E||x* - E[x_0 | x_t]||^2 over the one-sample target's, for the ring, whose posterior mean is known; and
+    the estimate that goes into the log agrees with it."""
+    _, data, _ = ring
+    measured, logged = [], []
+    for n in (1, 16, 128, 1024):
+        errors = torch.zeros(3, dtype=torch.float64)
+        for step in range(30):
+            x0, _ = data.batch(common.Draw(0, step, 0, 1024))
+            gen, x0, t = common.Draw(1, step, 0, 64), x0.double(), full(64, 0.5)
+            x_t = x0[:64] + 0.5 * gen.normal(2)
+            sigma = config().sigma_d
+            x, angle = common.to_trigflow(x_t, torch.ones(64), t, sigma)
+            exact = angle.cos()[:, None] * x - angle.sin()[:, None] * sigma * data(x / sigma, angle)
+            for i in range(64):  # the anchor and n - 1 others
+                chunk = torch.cat([x0[i:i + 1], x0[64:63 + n]])
+                mean, ours, _ = sct.stable_target(x_t[i:i + 1], t[:1], None, [(chunk, None)])
+                errors += torch.stack([(mean - exact[i]).square().sum(), (x0[i] - exact[i]).square().sum(), ours.sum()])
+        measured.append((errors[0] / errors[1]).item())
+        logged.append((errors[2] / errors[1]).item())
+    assert measured[0] == 1 and all(b < 0.4 * a for a, b in zip(measured, measured[1:])), measured
+    assert logged[2] == pytest.approx(measured[2], rel=0.3) and logged[3] == pytest.approx(measured[3], rel=0.3)
+
+
+def test_schedule_is_ects():
+    """r / t of ECT's code, q = 2 and q = 256 (k = 8, b = 1), by stage."""
+    def ratio(t, n, **kw):
+        cfg = config(**dict(q=2.0, d=100, stage=1) | kw)
+        t = torch.tensor([t]).double()
+        return (sct.earlier(t, torch.zeros(1), 100 * n, cfg) / t).item()
+    assert ratio(80.0, 0) == pytest.approx(0.5) and ratio(0.01, 0) == 0
+    for stage, expected in [(2, (0.3775, 0.606, 0.875)), (4, (0.844, 0.902, 0.969)), (6, (0.961, 0.975, 0.992))]:
+        assert [ratio(t, stage) for t in (0.01, 1.0, 80.0)] == pytest.approx(list(expected), abs=1e-3)
+    assert [ratio(t, 0, q=256.0) for t in (0.01, 1.0, 80.0)] == pytest.approx([0.9805, 0.9877, 0.9961], abs=1e-4)
+    assert ratio(1.0, 0, q=256.0, k=0.0) == 255 / 256                       # the fixed partition, Fig. 4
+    assert ratio(80.0, 0, stage=0) == 0                                    # Eq. 15 as printed: diffusion first
+
+
+def test_times_stay_in_their_segment():
+    cfg = config(phases=4, P_mean=0.0)
+    t, s, edge = sct.times(draw(5000), 9000, cfg)
+    assert (edge <= s).all() and (s < t).all() and set(edge.tolist()) == set(sct.edges(cfg).tolist())
+    upper = torch.cat([sct.edges(cfg)[1:], full(1, math.inf)])
+    assert (t <= upper[torch.searchsorted(sct.edges(cfg), edge)]).all()
+    on_edge = sct.edges(cfg)[2]                                             # belongs to the lower segment
+    assert (sct.edges(cfg) < on_edge).sum() - 1 == 1
+
+
+def test_s_at_the_edge_is_the_point_itself(nets):
+    """f(x, edge) = x, and the loss at s = 0 has the clean x_0 as target: finite, no log(0) on the way."""
+    cfg, x = config(), torch.randn(4, 2).double()
+    net = nets(head=False, c_noise="log")[0]
+    for edge in (0.0, 0.4):
+        assert torch.allclose(sct.f(net, x, full(4, edge), None, cfg, full(4, edge)), x, atol=1e-12)
+    t, zero = torch.tensor([1e-3, 0.1, 1.0, 200.0]).double(), full(4, 0.0)
+    loss, info = sct.consistency(net, net, x, t, x / 2, zero, zero, None, cfg, draw(4))
+    error = (sct.f(net, x, t, None, cfg) - x / 2).square().sum(1)
+    expected = (((error + cfg.c**2).sqrt() - cfg.c) / (t + cfg.delta)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9) and info["gap"] == 1
+
+
+@pytest.mark.parametrize("phases", [1, 4])
+def test_exact_ode_has_no_loss(phases):
+    """With the ideal target, the exact f of every segment has a loss of the Euler step's size only."""
+    cfg, losses = config(phases=phases, c=0.0, weighting="snr"), []
+    exact = Gaussian(cfg)
+    for step in (9000, 9000 + 4 * cfg.d):
+        t, s, edge = sct.times(draw(512), step, cfg)
+        x_t = (exact.s**2 + t**2).sqrt()[:, None] * torch.randn(512, 1, generator=torch.Generator().manual_seed(0))
+        ideal = x_t * (exact.s**2 / (exact.s**2 + t**2))[:, None]
+        x_s = x_t + ((s - t) / t)[:, None] * (x_t - ideal)
+        distance = (sct.f(exact, x_t, t, None, cfg, edge) - sct.f(exact, x_s, s, None, cfg, edge)).abs().mean().item()
+        losses.append(distance)
+        assert sct.consistency(exact, exact, x_t, t, ideal, s, edge, None, cfg, draw(512))[0].isfinite()
+    assert losses[1] == pytest.approx(losses[0] / cfg.q**8, rel=0.1) and losses[1] < 1e-4  # second order in the gap
+
+
+@pytest.mark.parametrize("phases", [2, 4])
+def test_phases_sample_the_exact_ode(phases):
+    cfg = config(phases=phases, mode="sct")
+    exact, noise = Gaussian(cfg), cfg.sigma_d * torch.randn(100, 1).double()
+    x = sct.sample(exact, noise, None, phases, cfg, draw(100))
+    assert torch.allclose(x, exact.point(noise * 160, full(100, 80.0), full(100, 0.0)), atol=1e-9)
+
+
+def test_edge_skipping():
+    """eta = 1 is plain; eta moves the stops between the first and the last, and only those (Eq. 20)."""
+    net, noise = common.build(dict(shape=(2,), channels=16, blocks=1)), torch.randn(8, 2)
+    seen = []
+    def spy(x, t, y):
+        seen.append(config().sigma_d * t[0].tan().item())
+        return net(x, t, y)
+    for eta in (1.0, 0.9):
+        cfg = config(phases=3, eta=eta)
+        sct.sample(spy, noise, None, 3, cfg, draw(8))
+    edges = sct.edges(cfg).flip(0).tolist()
+    assert seen == pytest.approx([80, *edges[:2], 80, 0.9 * edges[0], 0.9 * edges[1]])
+    with pytest.raises(SystemExit):
+        sct.sample(net, noise, None, 2, cfg, draw(8))
+
+
+def test_guidance(nets):
+    """1 is plain; the mix is linear in w, away from the weaker self, or from the network without label."""
+    net, noise, y = nets(classes=3, head=False)[0], torch.randn(6, 2).double(), torch.arange(6) % 3
+    weak = nets(classes=3, head=False)[0]
+    with torch.no_grad():
+        for p in weak.parameters():
+            p += 0.1
+    net.weak = (weak,)
+    def f(w, guide, net=net, y=y):
+        cfg = config(guidance=w, guide=guide, conditional=True)
+        return sct.sample(net, noise, y, 1, cfg, draw(6))
+    assert torch.equal(f(1.0, "weak"), f(1.0, "label"))
+    for guide, star in (("weak", f(1.0, "", weak)), ("label", f(1.0, "", net, torch.full_like(y, -1)))):
+        assert torch.allclose(f(1.2, guide), star + 1.2 * (f(1.0, guide) - star), atol=1e-9)
+        assert not torch.allclose(f(1.2, guide), f(1.0, guide))
+
+
+TOY = ["--channels", 16, "--blocks", 1, "--batch", 64, "--lr_cooldown", 0]
+
+
+def test_past_self_is_the_average_at_half(train):
+    """A run keeps its EMA of step steps // 2, and sampling with --guidance uses it."""
+    short = ["--ema_sigma_rel", 0, "--d", 2]                      # an EMA that does not depend on --steps
+    half = train(*TOY, *short, "--steps", 3, "--out", "half", script=sct)
+    whole = train(*TOY, *short, "--steps", 6, "--out", "whole", script=sct)
+    assert all(torch.equal(half["ema"][k], whole["weak"][k]) for k in half["ema"])
+    assert any(not torch.equal(whole["ema"][k], whole["weak"][k]) for k in half["ema"])
+    images = [Path(f"whole/{w}.npz") for w in ("1.0", "1.5")]
+    for path in images:
+        sct.main(["--sample", "8", "--out", "whole", "--guidance", path.stem, "--save", str(path)])
+    assert not np.array_equal(*(np.load(path)["arr_0"] for path in images))
+
+
+def test_resume_is_exact(train):
+    whole = train(*TOY, "--steps", 8, "--d", 2, "--out", "whole", script=sct)
+    train(*TOY, "--steps", 3, "--d", 2, "--out", "parts", script=sct)
+    parts = train("--resume", "--steps", 8, "--out", "parts", script=sct)
+    assert all(torch.equal(whole[p][k], parts[p][k]) for p in ("net", "ema", "weak") for k in whole[p])
+
+
+def test_batch_reference_ignores_micro_batches(train):
+    """The reference is the global batch, however it is cut up."""
+    whole = train(*TOY, "--steps", 3, "--out", "whole", script=sct)
+    parts = train(*TOY, "--steps", 3, "--micro", 16, "--out", "parts", script=sct)
+    assert all(torch.allclose(whole["net"][k], parts["net"][k], atol=1e-5) for k in whole["net"])
+
+
+@pytest.mark.parametrize("words", [["ect"], ["sct"], ["sct", "--reference", "dataset"], ["sct", "--phases", 2]])
+def test_modes_train_on_images(words, train, folder):
+    """From a short diffusion run, with dropout and labels: finite, logged variance at most one."""
+    images = ["--dataset", "folder", "--data", folder, "--batch", 8, "--log_every", 1]
+    train(*images, "--mode", "diffusion", "--channels", 8, "--attention", 4, "--steps", 2, "--out", "base", script=sct)
+    train(*images, "--init", "base", "--dropout", 0.2, "--mode", *words, "--steps", 3, "--out", "run", script=sct)
+    log = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert len(log) == 3 and all(math.isfinite(line["loss"]) for line in log)
+    assert all(0 <= line["variance"] <= 1.001 for line in log if words[0] == "sct")
+
+
+def test_images_need_a_diffusion_model(folder, capsys):
+    with pytest.raises(SystemExit) as error:
+        sct.main(["--dataset", "folder", "--data", str(folder)])
+    assert error.value.code == 2 and "--init" in capsys.readouterr().err
