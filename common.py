@@ -65,12 +65,13 @@ NET_FIELDS = ("image_size", "conditional", "channels", "channel_mult", "blocks",
 
 ONE_CALL = ("resume", "overwrite", "sample", "nfe", "label", "save")  # flags that a run does not remember
 AT_LEAST_1 = ("steps", "batch", "nfe", "log_every", "save_every", "sample_every", "channels", "blocks",
-              "intervals", "patch", "scales", "scales_start")
+              "intervals", "patch", "scales", "scales_start", "d", "phases", "student_steps", "pd_start")
 
 
 def parse_args(Config, presets, modes, argv=None):
-    """Command line -> Config. Later wins: defaults, presets[dataset], presets[dataset, mode], presets[dataset,
-    size], the network of --init or --teacher, the stored run (--resume, --sample), flags. Ends the program on anything unknown."""
+    """Command line -> Config. Later wins: defaults, presets[dataset], presets[dataset, mode] and
+    [dataset, size], the network of --init or --teacher, the stored run (--resume, --sample), flags. Ends the program on
+    anything unknown."""
     fields = {f.name: f for f in dataclasses.fields(Config)}
     comment = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     script = Path(inspect.getfile(Config)).stem
@@ -214,7 +215,7 @@ class Mixture(nn.Module):
         return self.mean[y].float() + self.std * gen.normal(*self.shape), gen.labels(y, self.cfg)
 
     def chunks(self, device):
-        """Stands for the whole training set, which a mixture has not: 4,096 points, the same at every call."""
+        """Stands for the training set, which a mixture has not: 4,096 points, the same at every call."""
         yield self.batch(Draw(self.cfg.seed, 2**33, 0, 4096, device))
 
     def forward(self, x, t, y=None, s=None):
@@ -985,7 +986,10 @@ def panels(columns, path):
 
 
 def density(points, size=240, half=1.0):
-    """Points (N, 2) -> their density on [-half, half]^2, white to dark blue on a square-root scale."""
+    """Points (N, 2), or (N, 1) as stripes -> their density on [-half, half]^2, white to dark blue on a
+    square-root scale."""
+    if points.shape[1] == 1:
+        points = torch.cat([points.cpu(), torch.linspace(-half, half, len(points))[:, None]], dim=1)
     counts, _, _ = np.histogram2d(*points.cpu().double().numpy().T, bins=size // 2, range=[[-half, half]] * 2)
     level = np.sqrt(np.minimum(counts / (20 * len(points) / (size / 2) ** 2), 1)).T[::-1, :, None]
     shade = 255 * (1 - level) + np.array([20, 40, 110]) * level
@@ -1099,6 +1103,9 @@ def write_samples(cfg, sample):
     x = torch.cat(parts)
     path = Path(cfg.save or f"{cfg.out}/samples.png")
     values = x if toy else Images.to_uint8(x)
+    if toy:
+        fresh, _ = dataset(cfg).batch(Draw(cfg.seed, 2**32, 0, min(len(x), 5000)))
+        print(f"energy distance to fresh data, {cfg.nfe} NFE: {energy_distance(x[:5000], fresh):.5f}")
     if path.suffix == ".png":
         panels({f"{cfg.sample} samples, {cfg.nfe} NFE": values}, path)
     else:

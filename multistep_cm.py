@@ -23,6 +23,7 @@ pd is progressive distillation (Salimans & Ho, 2022): targets from two steps of 
 # ------------------------------------------------------------------------------------------------- imports
 import copy
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -83,11 +84,11 @@ class Config:
     student_steps: int = 4  # S, segments of the ODE = sampling steps: 1, 2, 4, 8, 16
     teacher_steps: tuple = (64, 1280)  # T at the start and, log-linearly, from `anneal` on
     anneal: float = 0.5  # share of the steps in which T grows
-    solver: Literal["addim", "ddim", "heun"] = "addim"  # teacher's step; diffusion: sampler (heun: EDM's grid)
+    solver: Literal["addim", "ddim", "heun"] = "addim"  # teacher's; diffusion: sampler (heun: EDM's grid)
     xvar: float = 0.75  # aDDIM: Var[x | z_t] = this times (x* - x)^2; 0 = the analytic 0.1 / (2 + SNR)
     huber: float = 1e-4  # epsilon of the norm
     teacher_guidance: float = 1.0  # classifier-free guidance of the teacher in cd; 1 = off
-    noise_res: tuple = ()  # interpolated cosine: noise resolutions at t = 1, t = 0, image's; none = plain cosine
+    noise_res: tuple = ()  # noise resolutions at t = 1, t = 0 and the image's; none = plain cosine
     pd_start: int = 64  # pd: steps of the first student, which are halved down to student_steps
     figure: bool = False  # train 1, 2 and 4 steps on two modes in 1-D, and draw their paths
 
@@ -97,7 +98,7 @@ PRESETS = {
     "gmm": dict(teacher="exact", steps=5000, lr_cooldown=0.3, channels=128, blocks=4, c_noise="log",
                 emb_scale=8.0),
     "modes": dict(teacher="exact", steps=2000, lr_cooldown=0.3, channels=64, blocks=4, c_noise="log",
-                  emb_scale=8.0),
+                  emb_scale=8.0, sigma_d=1.0),
     "shapes": dict(image_size=16, conditional=True, channels=32, blocks=1, steps=1000, batch=64, lr=2e-3,
                    lr_cooldown=0.5),
     ("shapes", "diffusion"): dict(steps=2000, lr=1e-2, lr_warmup=100),
@@ -160,7 +161,7 @@ def inverse_ddim(z_s, z_t, t, s, cfg):
 
 
 def addim(x, z_t, x_var, t, s, cfg):
-    """Eq. 14, Alg. 3: DDIM with more of eps, so that ||z_s||^2 is right; x_var (B,) is Var[x | z_t] a dimension."""
+    """Eq. 14, Alg. 3: DDIM with more of eps, so that ||z_s||^2 is right; x_var (B,): Var[x | z_t] / D."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t, cfg), alpha_sigma(s, cfg)
     eps = (z_t - like(alpha_t, x) * x) / like(sigma_t, x)
     z_var = (alpha_s - alpha_t * sigma_s / sigma_t) ** 2 * x_var / eps.square().flatten(1).mean(1)
@@ -181,7 +182,7 @@ def f(net, z_t, t, y, cfg):
 
 # ---------------------------------------------------------------------------------------------------- loss
 def weighted(error, t, cfg):
-    """(SNR + 1) || error ||, the norm a pseudo-Huber of the root mean square (the paper prints no formula)."""
+    """(SNR + 1) || error ||, a pseudo-Huber of the root mean square (the paper prints no formula)."""
     mse = error.square().flatten(1).mean(1)
     return ((snr(t, cfg) + 1) * ((mse + cfg.huber**2).sqrt() - cfg.huber)).mean()
 
@@ -215,7 +216,7 @@ def ct(net, target, teacher, x0, y, step, cfg, gen):
     """Consistency training: x* is the data, so aDDIM is DDIM."""
     t, s, t_step = times(gen, step, cfg)
     z_t = noisy(x0, t, gen, cfg)
-    return consistency(net, target, z_t, t, ddim(x0, z_t, t, s, cfg), s, t_step, y, cfg, gen)
+    return consistency(net, target, z_t, t, ddim(x0.double(), z_t, t, s, cfg), s, t_step, y, cfg, gen)
 
 
 @torch.no_grad()
@@ -246,7 +247,7 @@ def halvings(step, cfg):
 
 
 def pd(net, target, teacher, x0, y, step, cfg, gen):
-    """One step of the student is two of the target: at first the teacher with aDDIM, then the last student."""
+    """One step of the student is two of the target: first the teacher with aDDIM, then the last student."""
     n = cfg.pd_start // 2 ** halvings(step, cfg)
     i = 1 + gen.index(n).double()
     t, mid, s = i / n, (i - 0.5) / n, (i - 1) / n
@@ -269,12 +270,12 @@ LOSSES = {"diffusion": diffusion, "ct": ct, "cd": cd, "pd": pd}
 # ------------------------------------------------------------------------------------------------- sampler
 @torch.no_grad()
 def sample(net, noise, y, nfe, cfg, gen, path=None):
-    """noise ~ N(0, sigma_d^2 I) (B, ...) -> x. Alg. 2: a DDIM step a segment; diffusion: nfe steps of --solver,
-    aDDIM with the analytic variance (Alg. 3). path collects the states."""
+    """noise ~ N(0, sigma_d^2 I) (B, ...) -> x. Alg. 2: a DDIM step a segment; diffusion: nfe steps of
+    --solver, aDDIM with the analytic variance (Alg. 3). path collects the states."""
     if cfg.mode == "diffusion" and cfg.solver == "heun":
         return common.solve(net, noise, common.ode_times((nfe + 1) // 2, cfg.sigma_d), y, cfg.sigma_d)
     if cfg.mode != "diffusion" and nfe != cfg.student_steps:
-        common.fail(f"a run with --student_steps {cfg.student_steps} is sampled in as many: --nfe {cfg.student_steps}")
+        common.fail(f"a run with --student_steps {cfg.student_steps} takes --nfe {cfg.student_steps}")
     z = noise.double() / cfg.sigma_d
     for i in range(nfe, 0, -1):
         t, s = (torch.full(z.shape[:1], j / nfe, dtype=torch.float64, device=z.device) for j in (i, i - 1))
@@ -282,7 +283,7 @@ def sample(net, noise, y, nfe, cfg, gen, path=None):
         adjusted = cfg.mode == "diffusion" and cfg.solver == "addim"
         z_s = addim(x, z, analytic_variance(t, cfg), t, s, cfg) if adjusted else ddim(x, z, t, s, cfg)
         if path is not None:
-            path += [ddim(x, z, t, t + u * (s - t), cfg) for u in torch.linspace(0, 1, 256 // nfe)]
+            path += [ddim(x, z, t, t + u * (s - t), cfg) for u in torch.arange(240 // nfe) * nfe / 240]
         z = z_s
     return z.to(noise.dtype)
 
@@ -296,7 +297,7 @@ def train(cfg):
     net = common.network(cfg, data, **options)
     common.load_init(net, cfg, data)
     net.to(run.device)
-    target = copy.deepcopy(net) if cfg.mode == "pd" else net  # <- method: the last student, or the live network
+    target = copy.deepcopy(net) if cfg.mode == "pd" else net  # <- method: the last student, or the live net
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = common.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
@@ -335,21 +336,35 @@ def train(cfg):
         if done % cfg.sample_every == 0 or done == cfg.steps:
             nfes = (cfg.student_steps,)  # <- method
             common.report(cfg, run, done, sample, ema, data, teacher, nfes)
+            if cfg.teacher == "exact" and cfg.mode != "diffusion":  # <- method
+                compare(cfg, teacher)  # <- method
 
 
 # ---------------------------------------------------------------------------------------------------- main
+def compare(cfg, teacher):
+    """Print the energy distance of the exact teacher's own samples at the student's number of evaluations."""
+    gen, nfe = common.Draw(12345, 0, 0, 5000), cfg.student_steps
+    noise = cfg.sigma_d * gen.normal(*teacher.shape)
+    y = gen.index(teacher.classes) if cfg.conditional else None
+    fresh, _ = teacher.batch(common.Draw(cfg.seed, 2**32, 0, 5000))
+    for solver in ("ddim", "addim", "heun") if nfe > 2 else ("ddim", "addim"):
+        x = sample(teacher, noise, y, nfe, replace(cfg, mode="diffusion", solver=solver), gen)
+        used = nfe if solver != "heun" else 2 * ((nfe + 1) // 2) - 1
+        print(f"teacher, {solver}, {used} NFE: {common.energy_distance(x, fresh):.5f}")
+
+
 def figure(cfg):
-    """Fig. 1: densities of (t, z) along the paths from the same noise, noise at the left, data at the right."""
+    """Fig. 1: densities of (t, z) along paths from the same noise; noise at the left, data at the right."""
     noise, columns = cfg.sigma_d * common.Draw(0, 0, 0, 400).normal(1), {}
     for steps in (1, 2, 4, 0):
-        part, path = replace(cfg, student_steps=steps or 256, out=f"{cfg.out}/{steps}"), []
+        part, path = replace(cfg, student_steps=steps or 240, out=f"{cfg.out}/{steps}"), []
         if steps:
             train(part)
             net = common.load_net(part.out)
         else:  # the ODE: many DDIM steps of the exact teacher
             net = common.dataset(cfg)
         sample(net, noise, None, part.student_steps, part, None, path)
-        time = torch.linspace(-1, 1, len(path)).expand(len(noise), -1)
+        time = ((torch.arange(len(path)) + 0.5) / len(path) * 2 - 1).expand(len(noise), -1)
         points = torch.stack([time, torch.cat(path, 1).float() / 3], 2).flatten(0, 1)
         columns[f"{steps} step{'s' * (steps > 1)}" if steps else "ODE"] = points
     common.panels(columns, f"{cfg.out}/paths.png")
@@ -357,15 +372,20 @@ def figure(cfg):
 
 
 def main(argv=None):
-    cfg = common.parse_args(Config, PRESETS, LOSSES, argv)
+    words = sys.argv[1:] if argv is None else argv
+    cfg = common.parse_args(Config, PRESETS, LOSSES, ["--dataset", "modes"] * ("--figure" in words) + words)
     if cfg.mode in ("cd", "pd") and not cfg.teacher:
         common.fail(f"--mode {cfg.mode} distills a teacher: give --teacher RUN (or exact, for gmm)")
     if cfg.mode == "pd" and not math.log2(cfg.pd_start / cfg.student_steps).is_integer():
-        common.fail(f"--pd_start {cfg.pd_start} must be --student_steps {cfg.student_steps} doubled some times")
+        common.fail(f"--pd_start must be --student_steps {cfg.student_steps} times a power of 2")
     if cfg.teacher_guidance != 1 and not cfg.conditional:
         common.fail("--teacher_guidance needs --conditional, and a teacher trained with --label_dropout")
     if cfg.solver == "heun" and cfg.mode != "diffusion":
         common.fail("--solver heun is a sampler of --mode diffusion; a teacher takes addim or ddim steps")
+    if len(cfg.teacher_steps) != 2 or min(cfg.teacher_steps) < cfg.student_steps:
+        common.fail("--teacher_steps takes two numbers, such as 64,1280, neither below --student_steps")
+    if len(cfg.noise_res) not in (0, 3):
+        common.fail("--noise_res takes three resolutions, such as 32,64,64, or none")
     if cfg.figure:
         figure(cfg)
     else:

@@ -7,7 +7,7 @@ pair              t log-normal,  s = ReLU(1 - n(t) / q^floor(step / d)) (t - edg
                   n(t) = 1 + k sigmoid(-b t);  s = edge: the target is the point itself
 target            x_s = x_t + (s - t) eps*,  eps* = (x_t - x*) / t
   ect             x* = x_0, the sample that x_t was made from
-  sct             x* = sum_i W_i x_i over a reference set,  W = softmax_i(-||x_t - x_i||^2 / 2 t^2)  Eq. 13, 14
+  sct             x* = sum_i W_i x_i, of a reference set,  W = softmax(-||x_t - x_i||^2 / 2 t^2)   Eq. 13, 14
 consistency       D(x_t, t) = c_skip(t) x_t + c_out(t) F(c_in(t) x_t, t),  D(x, 0) = x
 phases            f(x_t, t) = D + edge / t (x_t - D),  edge the lower end of t's segment; 0 if K = 1    Eq. 16
 loss              (||f(x_t, t) - f^-(x_s, s)||^2 + c^2)^(1/2) / (t - s + delta)                     Sec. 4.2
@@ -111,8 +111,9 @@ PRESETS = {
     "folder": dict(conditional=True, steps=1000, batch=128, lr=2e-3, lr_cooldown=0.5, blocks=1, d=100),
     ("folder", "diffusion"): dict(steps=3000, lr=1e-2, lr_warmup=100, label_dropout=0.1, P_mean=-1.2,
                                   P_std=1.2),
-    # FID of 1 / 2 steps, batch 128: ect 3.78 / 2.13, sct 3.11 / 2.05, phased 1.95 (4), 1.86 (8); batch 512 and
-    # 300k steps: sct 2.92 / 2.02; --conditional: 3.03 / 1.88, 2.88 / 1.87. # DEPARTS: EDM2's U-Net, not DDPM++
+    # FID of 1 / 2 steps: ect 3.78 / 2.13, sct 3.11 / 2.05, phased 1.95 (4) 1.86 (8); conditional 3.03 / 1.88.
+    # --batch 512 --steps 300000 --ema_halflife 3.5e6: 2.92 / 2.02; conditional 2.88 / 1.87.
+    # DEPARTS: EDM2's U-Net, not DDPM++
     "cifar10": dict(batch=128, steps=200_000, lr=1e-4, optimizer="radam", beta2=0.999, ema_sigma_rel=0.0,
                     ema_halflife=8.9e5, dropout=0.2, channels=128, channel_mult=(1, 2, 2), blocks=3,
                     attention=(16,), save_every=2500, c_noise="log", q=2**0.5, d=12_500),
@@ -144,7 +145,7 @@ def earlier(t, edge, step, cfg):
 
 
 def times(gen, step, cfg):
-    """Noise levels t > s and the lower edge of t's segment, (B,) float64. t on an edge is of the lower one."""
+    """Noise levels t > s, and the lower edge of t's segment, (B,) float64; an edge is of the lower one."""
     t, lower = (cfg.P_mean + cfg.P_std * gen.normal(dtype=torch.float64)).exp(), edges(cfg).to(gen.device)
     edge = lower[(lower < t[:, None]).sum(1) - 1]
     return t, earlier(t, edge, step, cfg), edge
@@ -201,8 +202,9 @@ def stable_target(x_t, t, y, chunks):
         sum2 = sum2 * (2 * (old - top)).exp() + W**2 @ moments
     sum1, sum2 = sum1 / sum1[:, -1:], sum2 / sum1[:, -1:] ** 2
     mean = sum1[:, :-2]
-    variances = [s[:, -2] - 2 * (s[:, :-2] * mean).sum(1) + s[:, -1] * mean.square().sum(1) for s in (sum2, sum1)]
-    return mean.view_as(x_t), *(v.clamp(min=0) for v in variances)
+    dot, square = (lambda a: (a[:, :-2] * mean).sum(1)), mean.square().sum(1)
+    spread = [a[:, -2] - 2 * dot(a) + a[:, -1] * square for a in (sum2, sum1)]
+    return mean.view_as(x_t), *(v.clamp(min=0) for v in spread)
 
 
 def consistency(net, target, x_t, t, x_star, s, edge, y, cfg, gen):
@@ -239,17 +241,20 @@ LOSSES = {"diffusion": diffusion, "ect": ect, "sct": sct}
 
 # ------------------------------------------------------------------------------------------------- sampler
 def guided(net, cfg):
-    """F* + w (F - F*), w = 1 + omega of Eq. 18: F* of the weaker self, or of no label. Twice the evaluations."""
+    """F* + w (F - F*), w = 1 + omega of Eq. 18: F* of the weaker self, or of no label. Doubles the calls."""
     def F(x, t, y):
-        star = net(x, t, torch.full_like(y, -1)) if cfg.guide == "label" else net.weak[0].to(x.device)(x, t, y)
+        if cfg.guide == "weak":
+            star = net.weak[0].to(x.device)(x, t, y)
+        else:
+            star = net(x, t, torch.full_like(y, -1))
         return star + cfg.guidance * (net(x, t, y) - star)
     return net if cfg.guidance == 1 else F
 
 
 @torch.no_grad()
 def sample(net, noise, y, nfe, cfg, gen):
-    """noise ~ N(0, sigma_d^2 I) (B, ...) -> x_0. K = 1: f, fresh noise of the next level, f, and so on. K > 1:
-    from edge to edge without noise (Eq. 19), or to eta times the edge (Eq. 20), in K steps."""
+    """noise ~ N(0, sigma_d^2 I) (B, ...) -> x_0. K = 1: f, fresh noise of the next level, f, and so on.
+    K > 1: from edge to edge without noise (Eq. 19), or to eta times the edge (Eq. 20), in K steps."""
     net = guided(net, cfg)
     if cfg.mode == "diffusion":
         return common.solve(net, noise, common.ode_times((nfe + 1) // 2, cfg.sigma_d), y, cfg.sigma_d)
@@ -323,8 +328,15 @@ def train(cfg):
 # ---------------------------------------------------------------------------------------------------- main
 def main(argv=None):
     cfg = common.parse_args(Config, PRESETS, LOSSES, argv)
-    if cfg.mode != "diffusion" and cfg.dataset != "gmm" and not (cfg.sample or cfg.resume or cfg.init or cfg.teacher):
-        common.fail(f"--mode {cfg.mode} tunes a diffusion model: give --init RUN, or --init none to start anew")
+    fresh = not (cfg.sample or cfg.resume or cfg.init or cfg.teacher)
+    if fresh and cfg.mode != "diffusion" and cfg.dataset != "gmm":
+        common.fail(f"--mode {cfg.mode} tunes a diffusion model: give --init RUN, or none to start anew")
+    if not cfg.sigmas or not all(a > b > 0 for a, b in zip((1e6, *cfg.sigmas), cfg.sigmas)):
+        common.fail("--sigmas must be noise levels that fall, such as 80,0.821")
+    if cfg.q <= 1:
+        common.fail(f"--q must be above 1, not {cfg.q}: t - s shrinks by it")
+    if cfg.guidance != 1 and cfg.guide == "label" and not (cfg.conditional and cfg.label_dropout):
+        common.fail("--guide label needs a run with --conditional and --label_dropout")
     common.write_samples(cfg, sample) if cfg.sample else train(cfg)
 
 

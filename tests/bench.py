@@ -1,6 +1,7 @@
 """Cost per training step of sCM's objectives over the diffusion loss, on one image U-Net in one process.
 
     python tests/bench.py [fp32|bf16]
+    python tests/bench.py direct        Direct CM's target: samples fed only while under way, over all fed always
 
 The floor counts network passes: a forward pass 1, its backward 2, a JVP 2 (primal and tangent), the teacher 1.
 diffusion = 3, sct = 1 + 2 + 2 = 5, scd = 6. Objectives take turns, so that a busy machine slows all alike; the
@@ -15,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+import direct_cm
 import scm
 
 
@@ -52,5 +54,36 @@ def main():
         print(f"{mode:9} {median[mode]:8.3f} {ratio:12.2f} {passes / 3:9.2f} {ratio / (passes / 3):12.2f}")
 
 
+def direct():
+    """The target from uniform t, N = 20 DDIM steps: hop() against a loop that feeds the whole batch N times."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher = common.build(dict(shape=(3, 32, 32), channels=64, blocks=2, attention=(16,))).to(device).eval()
+    cfg, z = direct_cm.Config(intervals=20), torch.randn(32, 3, 32, 32, device=device)
+    t = 50 * common.Draw(0, 0, 0, 32, device).index(20) + 50
+
+    def hop():
+        return direct_cm.hop(teacher, z, t, 20, None, cfg)[0]
+
+    @torch.no_grad()
+    def whole():  # from the noisiest label down; a sample that has not started keeps its value
+        x = z.clone()
+        for label in range(1000, 0, -50):
+            now = torch.full_like(t, label)
+            x_s = direct_cm.solver_step(teacher, x, now, now - 50, None, cfg)
+            x = torch.where((t >= label).view(-1, 1, 1, 1), x_s, x)
+        return x
+    assert torch.allclose(hop(), whole(), atol=1e-3)
+    seconds = {function: [] for function in (hop, whole)}
+    for _ in range(5):
+        for function, times in seconds.items():
+            began = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+    ratio = statistics.median(seconds[hop]) / statistics.median(seconds[whole])
+    print(f"{device}: {ratio:.2f} of the time; {t.sum().item() / 50 / (32 * 20):.2f} of the samples fed")
+
+
 if __name__ == "__main__":
-    main()
+    direct() if sys.argv[1:] == ["direct"] else main()

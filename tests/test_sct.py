@@ -259,7 +259,12 @@ def test_modes_train_on_images(words, train, folder):
     assert all(0 <= line["variance"] <= 1.001 for line in log if words[0] == "sct")
 
 
-def test_images_need_a_diffusion_model(folder, capsys):
+@pytest.mark.parametrize("words, text", [
+    (["--dataset", "folder", "--data", "nowhere"], "--init"), (["--q", "1"], "--q"), (["--sigmas", "1,80"], "--sigmas"),
+    (["--guidance", "1.2", "--guide", "label"], "--label_dropout"), (["--phases", "0"], "at least 1"),
+    (["--size", "XL"], "size"), (["--reference", "all"], "batch")])
+def test_bad_input(words, text, capsys):
     with pytest.raises(SystemExit) as error:
-        sct.main(["--dataset", "folder", "--data", str(folder)])
-    assert error.value.code == 2 and "--init" in capsys.readouterr().err
+        sct.main([*words, "--steps", "1"])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert error.value.code == 2 and len(lines) == 1 and text in lines[0], lines

@@ -10,7 +10,7 @@ import common
 
 ROOT = Path(common.__file__).parent
 SCRIPTS = [p for p in ("cm", "direct_cm", "multistep_cm", "sct", "scm") if (ROOT / f"{p}.py").exists()]
-BUDGET = dict(cm=415, multistep_cm=280, sct=300, scm=322, direct_cm=400, common=1085, eval=320)
+BUDGET = dict(cm=418, multistep_cm=400, sct=345, scm=326, direct_cm=400, common=1115, eval=320)
 BANNERS = ["imports", "Config", "PRESETS", "process: times and noise", "consistency function f", "loss", "sampler",
            "train", "main"]
 

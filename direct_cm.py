@@ -1,0 +1,310 @@
+"""Direct CM: a student that solves the ODE directly, beside a consistency model; which samples better?
+Vouitsis et al., "Inconsistencies In Consistency Models: Better ODE Solving Does Not Imply Better Samples",
+2024.
+
+process           z_t = alpha_t x_0 + sigma_t eps,  alpha_t^2 = abar[t - 1],  SDXL's schedule of 1000 betas
+labels            t = 1 .. 1000, and 0 for the data: alpha_0 = 1, sigma_0 = 0. diffusers counts 0 .. 999.
+grid              N intervals: 1000, 1000 - 1000 / N, .., 1000 / N, 0
+consistency       f(z_t, t) = c_skip x + c_out x_0(z_t, t),  c_skip = 0.25 / ((10 t)^2 + 0.25)      (LCM's)
+CM                || f(z_t, t) - f^-(z_s, s) ||^2,  z_s one solver step of the teacher from z_t      Eq. 4
+Direct CM         || f(z_t, t) - z_0 ||^2,  z_0 the solver's solution, all steps from t to 0         Eq. 5
+between them      --hops n: z_s after n solver steps;  f^-(z_0, 0) = z_0, so Direct CM is n = N
+ODE error         E = distance of f(z_T, T) from the solver's solution, from the same noise          Eq. 6
+f^- is f under stop-gradient. The teacher is guided: eps = eps_u + w (eps_c - eps_u), Imagen's form.
+Differs from cm.py by: 1) a discrete VP schedule; 2) hops; 3) guidance of the teacher; 4) two students trained
+on the same draws (--mode both), and the paper's table of E beside sample quality.
+
+    python direct_cm.py                                         toy: 8 Gaussians, exact teacher, both students
+    python direct_cm.py --mode cm --hops 10 --out out/hops10    between CM and Direct CM
+    python direct_cm.py --dataset folder --data PATH --image_size 16 --teacher out/teacher --out out/direct
+    python direct_cm.py --sample 64 --nfe 4 --out out/direct_cm/cm
+"""
+# ------------------------------------------------------------------------------------------------- imports
+import copy
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import common
+from common import like
+
+
+# -------------------------------------------------------------------------------------------------- Config
+@dataclass
+class Config:
+    dataset: str = "gmm"  # gmm, shapes, folder, cifar10; some scripts imagenet64 (a folder, too)
+    mode: str = "both"  # training objective, see --help's first lines
+    size: str = ""  # other size of the preset's network, such as M; "" = its own
+    data: str = ""  # folder with class subfolders, EDM-style zip (folder) or cifar-10-binary.tar.gz (cifar10)
+    out: str = ""  # the run's folder; "" = out/<script>
+    image_size: int = 0  # crop and resize images to this many pixels; 0 = as they are
+    conditional: bool = False  # class-conditional network
+    label_dropout: float = 0.0  # probability of training without the label, for guidance
+    teacher: str = ""  # exact (gmm), a run's folder or checkpoint file; "" = none
+    init: str = ""  # run to start from; "" = the teacher if it is a run, none = random weights
+    steps: int = 4000  # optimizer steps
+    batch: int = 256  # global batch, in samples
+    micro: int = 0  # most samples a process takes at once (gradient accumulation); 0 = all
+    optimizer: Literal["adam", "radam"] = "adam"  # adam or radam
+    lr: float = 1e-3  # peak learning rate
+    lr_warmup: int = 0  # steps of linear warm-up; 0 = off
+    lr_ref: int = 0  # steps after which lr falls with the inverse square root; 0 = off
+    lr_cooldown: float = 0.0  # last share of the steps, in which lr falls linearly to 0; 0 = off
+    beta2: float = 0.99  # Adam's second moment; the first is 0.9
+    eps: float = 1e-8  # Adam's epsilon
+    clip: float = 0.0  # gradient norm clipping; 0 = off
+    dropout: float = 0.0  # in residual blocks at 16 pixels and below; 0 = off
+    ema_sigma_rel: float = 0.05  # width of the power-function EMA, relative to training; 0 = use ema_halflife
+    ema_halflife: float = 5e5  # half-life of the EMA in samples
+    channels: int = 64  # width of the first level (of all blocks in 2-D)
+    channel_mult: tuple = (1, 2)  # width of each level over channels; a level halves the image
+    blocks: int = 2  # residual blocks a level (in all, in 2-D)
+    attention: tuple = (8,)  # resolutions with self-attention
+    emb: Literal["positional", "fourier"] = "positional"  # time embedding: positional or fourier
+    emb_scale: float = 1.0  # highest frequency (positional), bandwidth (fourier)
+    c_noise: Literal["t", "log"] = "t"  # what is embedded: t itself, or log(sigma)/4 as in EDM
+    double_norm: bool = True  # adaptive double normalization; false = EDM2's modulation
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the U-Net's torso
+    sigma_d: float = 0.5  # standard deviation of the data
+    seed: int = 0  # of weights, data, times and noise
+    log_every: int = 100  # steps between lines of log.jsonl
+    save_every: int = 1000  # steps between checkpoints
+    sample_every: int = 10**9  # steps between sample pictures while training
+    resume: bool = False  # go on from the last checkpoint in --out
+    overwrite: bool = False  # replace the run in --out
+    sample: int = 0  # draw this many samples from the run in --out, instead of training
+    nfe: int = 1  # network evaluations a sample
+    label: int = -1  # class to sample; -1 = all in turn
+    save: str = ""  # .png or .npz to write samples to; "" = samples.png in --out
+    # --- method
+    intervals: int = 100  # N, solver steps from noise to data; divides 1000
+    hops: int = 0  # solver steps before f^- takes over; 0 = the mode's own: 1 of cm, all of direct
+    solver: Literal["ddim", "euler", "heun"] = "ddim"  # of the teacher
+    w: float = 1.0  # guidance of the teacher, 1 = off; needs --conditional (the paper: 9)
+    metric: Literal["l2", "huber"] = "l2"  # d; huber with c = 0.001, elementwise
+
+
+# ------------------------------------------------------------------------------------------------- PRESETS
+PRESETS = {
+    "gmm": dict(teacher="exact", steps=3000, lr_cooldown=0.3, channels=128, blocks=4, c_noise="log",
+                emb_scale=8.0),
+    "shapes": dict(image_size=16, conditional=True, channels=32, blocks=1, steps=1000, batch=64, lr=2e-3,
+                   lr_cooldown=0.5),
+    "folder": dict(conditional=True, steps=500, batch=128, lr=2e-3, lr_cooldown=0.5, blocks=1),
+}
+
+
+# --------------------------------------------------------------------------------- process: times and noise
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # "scaled linear"
+
+
+def alpha_sigma(t):
+    """t (B,) int64 labels -> (B,) float64, (B,) float64; (1, 0) at t = 0."""
+    abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - BETAS).cumprod(0)]).to(t.device)[t]
+    return abar.sqrt(), (1 - abar).sqrt()
+
+
+def predict(net, z_t, t, y, cfg, w=1.0):
+    """x_0 and eps of a network or a teacher, t > 0; with guidance if w is not 1."""
+    alpha, sigma = alpha_sigma(t)
+    x_t, angle = common.to_trigflow(z_t, alpha, sigma, cfg.sigma_d)
+    F = net(x_t / cfg.sigma_d, angle, y)
+    if w != 1:
+        F_uncond = net(x_t / cfg.sigma_d, angle, torch.full_like(y, -1))
+        F = F_uncond + w * (F - F_uncond)  # linear in eps, at the same z_t
+    x_0 = like(angle.cos(), x_t) * x_t - like(angle.sin(), x_t) * cfg.sigma_d * F
+    return x_0, (z_t - like(alpha, x_t) * x_0) / like(sigma, x_t)
+
+
+def slope(teacher, z_t, t, y, cfg):
+    """dz/dt of the PF-ODE over t / 1000, beta(t) = 1000 betas[t - 1]; at 0 with the first beta and sigma."""
+    t = t.clamp(min=1)
+    beta, (_, sigma) = 1000 * BETAS.to(t.device)[t - 1], alpha_sigma(t)
+    _, eps = predict(teacher, z_t, t, y, cfg, cfg.w)
+    return like(beta / 2, z_t) * (eps / like(sigma, z_t) - z_t)
+
+
+def solver_step(teacher, z_t, t, s, y, cfg):
+    """One step of --solver from t down to s."""
+    if cfg.solver == "ddim":
+        x_0, eps = predict(teacher, z_t, t, y, cfg, cfg.w)
+        alpha, sigma = alpha_sigma(s)
+        return like(alpha, z_t) * x_0 + like(sigma, z_t) * eps
+    dt, v_t = like((s - t) / 1000, z_t), slope(teacher, z_t, t, y, cfg)
+    z_s = z_t + dt * v_t
+    return z_t + dt * (v_t + slope(teacher, z_s, s, y, cfg)) / 2 if cfg.solver == "heun" else z_s
+
+
+@torch.no_grad()
+def hop(teacher, z_t, t, n, y, cfg):
+    """z_s and s, n solver steps down from each sample's own t, or at 0. A sample that has arrived is not fed
+    to the teacher again: of N steps from uniform t that saves nearly half."""
+    z, s, stride = z_t.clone(), t.clone(), 1000 // cfg.intervals
+    for _ in range(n):
+        rows = (s > 0).nonzero()[:, 0]
+        if not len(rows):
+            break
+        now = s[rows]
+        s[rows] = now - stride
+        z[rows] = solver_step(teacher, z[rows], now, now - stride, None if y is None else y[rows], cfg)
+    return z, s
+
+
+# ----------------------------------------------------------------------------------- consistency function f
+def f(net, z_t, t, y, cfg):
+    """LCM's boundary scalings; f(x, 0) = x. t in labels, so beyond 0 c_skip is all but 0."""
+    scaled = 10.0 * t.double()
+    c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25).sqrt()
+    x_0, _ = predict(net, z_t, t.clamp(min=1), y, cfg)
+    return like(c_skip, z_t) * z_t + like(c_out, z_t) * x_0
+
+
+# ---------------------------------------------------------------------------------------------------- loss
+METRICS = {"l2": lambda a, b: (a - b).square().mean(),
+           "huber": lambda a, b: ((a - b).square() + 0.001**2).sqrt().mean() - 0.001}
+
+
+def consistency(net, target, teacher, x0, y, step, cfg, gen, hops):
+    """Eq. 4 with f^- after so many hops."""
+    t = (1 + gen.index(cfg.intervals)) * (1000 // cfg.intervals)
+    alpha, sigma = alpha_sigma(t)
+    z_t = like(alpha, x0) * x0 + like(sigma, x0) * gen.normal(*x0.shape[1:])
+    z_s, s = hop(teacher, z_t, t, hops, y, cfg)
+    gen.same_dropout()
+    prediction = f(net, z_t, t, y, cfg)
+    if s.any():
+        gen.same_dropout()
+        with torch.no_grad():
+            z_s = f(target, z_s, s, y, cfg)
+    return METRICS[cfg.metric](prediction, z_s), {}
+
+
+def cm(net, target, teacher, x0, y, step, cfg, gen):
+    """Consistency distillation (Eq. 4)."""
+    return consistency(net, target, teacher, x0, y, step, cfg, gen, cfg.hops or 1)
+
+
+def direct(net, target, teacher, x0, y, step, cfg, gen):
+    """Direct CM (Eq. 5): no bootstrapping."""
+    return consistency(net, target, teacher, x0, y, step, cfg, gen, cfg.hops or cfg.intervals)
+
+
+LOSSES = {"cm": cm, "direct": direct}
+
+
+# ------------------------------------------------------------------------------------------------- sampler
+@torch.no_grad()
+def sample(net, noise, y, nfe, cfg, gen):
+    """noise ~ N(0, sigma_d^2 I) (B, ...) -> x_0: f, noise of the next level, f, and so on, on nfe labels
+    spread over the grid from 1000 down."""
+    z, stride = noise / cfg.sigma_d, 1000 / cfg.intervals
+    labels = [1000 - round(stride * round(i * cfg.intervals / nfe)) for i in range(nfe)]
+    for i, label in enumerate(labels):
+        t = torch.full(z.shape[:1], label, device=z.device)
+        if i:
+            alpha, sigma = alpha_sigma(t)
+            z = like(alpha, z) * z + like(sigma, z) * gen.normal(*z.shape[1:])
+        z = f(net, z, t, y, cfg)
+    return z
+
+
+# --------------------------------------------------------------------------------------------------- train
+def train(cfg):
+    run = common.Run(cfg)
+    data = common.dataset(cfg, run.device)
+    teacher = common.load_teacher(cfg, data, run.device)  # <- method
+    options = dict(head=False)  # <- method
+    net = common.network(cfg, data, **options)
+    common.load_init(net, cfg, data)
+    net.to(run.device)
+    target = net  # <- method: the live network itself is the stop-gradient branch
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = common.make_optimizer(net, cfg)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
+    state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
+    start = run.resume(state) if cfg.resume else 0
+    wrapped = run.wrap(net)  # for gradients; the bare net for everything else
+    for step in run.steps(start):
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(step, cfg)
+        total = torch.zeros([], device=run.device)
+        for rows in run.rows:  # of the global batch, a micro-batch at a time
+            gen = common.Draw(cfg.seed, step, *rows, run.device)
+            x0, y = data.batch(gen)
+            with run.accumulate(wrapped, rows):
+                loss, info = LOSSES[cfg.mode](wrapped, target, teacher, x0, y, step, cfg, gen)
+                scaler.scale(loss / len(run.rows)).backward()
+            total += loss.detach() / len(run.rows)
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip or math.inf)
+        total = run.mean(total)
+        if run.finite(total, grad_norm):
+            scaler.step(optimizer)
+            common.normalize_weights(net)
+            common.update_ema(ema, net, step + 1, cfg)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        done = step + 1
+        if done == 1:
+            run.start()
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
+        if done % cfg.save_every == 0 or done in (1, cfg.steps):
+            run.save(state, done)
+        if done % cfg.sample_every == 0 or done == cfg.steps:
+            nfes = (1, 2, 4)  # <- method
+            common.report(cfg, run, done, sample, ema, data, teacher, nfes)
+
+
+# ---------------------------------------------------------------------------------------------------- main
+@torch.no_grad()
+def compare(cfg, paths, n=5000):
+    """The paper's Table 1 in small. E: RMS per element between f from pure noise and the solver's solution
+    from the same (Eq. 6). Quality: energy distance in 2-D, Frechet distance of pixels for images, to the
+    teacher's own samples from other noise."""
+    data = common.dataset(cfg)
+    teacher, nets = common.load_teacher(cfg, data, "cpu"), {path: common.load_net(path) for path in paths}
+    n, net = (n if len(data.shape) == 1 else 1000), nets[paths[0]]
+    def solution(seed):
+        noise, y, gen = common.noise_and_labels(cfg, net, 0, n, seed, "cpu")
+        start = torch.full((n,), 1000)
+        return noise, y, gen, hop(teacher, noise / cfg.sigma_d, start, cfg.intervals, y, cfg)[0]
+    noise, y, gen, solved = solution(12345)
+    reference = solution(54321)[3]
+    print(f"| {cfg.solver}, N = {cfg.intervals}, w = {cfg.w:g} | E | 1 step | 2 steps | 4 steps |")
+    print("| --- " * 5 + "|")
+    for path in paths:
+        x = [sample(nets[path], noise, y, nfe, cfg, gen) for nfe in (1, 2, 4)]
+        quality = " | ".join(f"{common.distance(v, reference):.5f}" for v in x)
+        print(f"| {Path(path).name} | {(x[0] - solved).square().mean().sqrt():.4f} | {quality} |")
+    print(f"| solver, {cfg.intervals} steps | 0 | {common.distance(solved, reference):.5f} | | |")
+
+
+def main(argv=None):
+    words = sys.argv[1:] if argv is None else argv
+    words = ["--mode" if word == "--loss" else word for word in words]  # the paper's code calls it so
+    cfg = common.parse_args(Config, PRESETS, LOSSES | {"both": None}, words)
+    if 1000 % cfg.intervals:
+        common.fail(f"--intervals must divide 1000, and {cfg.intervals} does not")
+    if cfg.w != 1 and not cfg.conditional:
+        common.fail("--w guides a class-conditional teacher: add --conditional, or leave --w at 1")
+    if cfg.hops and cfg.mode == "both":
+        common.fail("--hops goes with one student: add --mode cm")
+    if cfg.sample:
+        common.write_samples(cfg, sample)
+    elif not cfg.teacher:
+        common.fail("the students distill a teacher: give --teacher RUN (or exact, for gmm)")
+    else:  # the same seed, so the same weights, data, times and noise
+        runs = {f"{cfg.out}/{mode}": mode for mode in LOSSES} if cfg.mode == "both" else {cfg.out: cfg.mode}
+        for path, mode in runs.items():
+            train(replace(cfg, mode=mode, out=path))
+        if common.RANK == 0:
+            compare(cfg, list(runs))
+
+
+if __name__ == "__main__":
+    main()

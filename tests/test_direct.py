@@ -1,0 +1,143 @@
+"""direct_cm.py: SDXL's schedule, solvers, hops, and the boundary."""
+import pytest
+import torch
+
+import common
+import direct_cm
+
+
+def config(**values):
+    return direct_cm.Config(**direct_cm.PRESETS["gmm"] | values)
+
+
+def draw(n=64, step=0):
+    return common.Draw(0, step, 0, n)
+
+
+def toy_net(seed=0, classes=0):
+    return common.build(dict(shape=(2,), classes=classes, channels=32, blocks=2, emb_scale=8.0, c_noise="log",
+                             head=False), seed).double()
+
+
+def test_schedule_and_ddim_are_diffusers(ring):
+    """alphas_cumprod and a DDIM step from label t are DDIMScheduler's from t - 1 (SDXL's settings)."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                        clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
+    alpha, sigma = direct_cm.alpha_sigma(torch.arange(1, 1001))
+    assert torch.allclose(alpha**2, scheduler.alphas_cumprod.double(), atol=1e-6)
+    scheduler.set_timesteps(20)
+    z, cfg = torch.randn(5, 2).double(), config(intervals=20)
+    for t in (1000, 500, 50):                                                   # the last goes to the data
+        label = torch.full((5,), t)
+        _, eps = direct_cm.predict(ring[2], z, label, None, cfg)
+        theirs = scheduler.step(eps, t - 1, z).prev_sample
+        ours = direct_cm.solver_step(ring[2], z, label, label - 50, None, cfg)
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver, order", [("ddim", 1), ("euler", 1), ("heun", 2)])
+def test_orders_of_convergence(solver, order, ring):
+    """From label 1000 to 200 with the exact teacher, against 400 Heun steps; there the schedule is smooth."""
+    z, start = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)).double(), torch.full((200,), 1000)
+
+    def solve(n, solver):
+        cfg = config(intervals=n, solver=solver)
+        return direct_cm.hop(ring[2], z, start, n * 4 // 5, None, cfg)[0]
+    exact = solve(500, "heun")
+    coarse, fine = ((solve(n, solver) - exact).square().mean().sqrt() for n in (25, 50))
+    assert torch.log2(coarse / fine).item() == pytest.approx(order, abs=0.35)
+
+
+def test_boundary():
+    """f(x, 0) = x exactly; at any other label of the grid f is x_0 to 1e-4."""
+    net, z, cfg = toy_net(), torch.randn(4, 2).double(), config()
+    assert torch.equal(direct_cm.f(net, z, torch.zeros(4, dtype=torch.int64), None, cfg), z)
+    t = torch.full((4,), 10)
+    assert torch.allclose(direct_cm.f(net, z, t, None, cfg), direct_cm.predict(net, z, t, None, cfg)[0], atol=1e-4)
+
+
+def test_direct_target_is_a_plain_solve(ring):
+    """Each sample's target, solved alone from its own t, is that of the batch; nobody is fed after arriving."""
+    teacher, cfg, fed = ring[2], config(intervals=20), []
+
+    def counting(x, t, y):
+        fed.append(len(x))
+        return teacher(x, t, y)
+    t, z = 50 * torch.tensor([20, 1, 7, 13]), torch.randn(4, 2).double()
+    together, s = direct_cm.hop(counting, z, t, 20, None, cfg)
+    assert (s == 0).all() and sum(fed) == (t // 50).sum()                       # not 4 x 20
+    for i in range(4):
+        alone, label = z[i:i + 1], t[i:i + 1]
+        while label > 0:
+            alone = direct_cm.solver_step(teacher, alone, label, label - 50, None, cfg)
+            label = label - 50
+        assert torch.allclose(alone[0], together[i], atol=1e-12)
+
+
+def test_hops_span_cm_and_direct(ring):
+    """One hop is CM's loss, N hops Direct CM's; between, s is n steps down."""
+    net, x0 = toy_net(), torch.randn(64, 2).double()
+    def loss(function, **values):
+        return function(net, net, ring[2], x0, None, 0, config(intervals=20, **values), draw())[0].item()
+    assert loss(direct_cm.cm) == loss(direct_cm.direct, hops=1) != loss(direct_cm.direct)
+    assert loss(direct_cm.direct) == loss(direct_cm.cm, hops=20) == loss(direct_cm.cm, hops=99)
+    t = 50 * torch.tensor([20, 3])
+    assert direct_cm.hop(ring[2], x0[:2], t, 5, None, config(intervals=20))[1].tolist() == [750, 0]
+
+
+def test_guidance(ring):
+    """Imagen's form on eps; w = 1 is the conditional teacher."""
+    z, t, y, cfg = torch.randn(8, 2).double(), torch.full((8,), 400), torch.arange(8), config()
+    plain, none = (direct_cm.predict(ring[2], z, t, v, cfg)[1] for v in (y, torch.full_like(y, -1)))
+    assert torch.allclose(direct_cm.predict(ring[2], z, t, y, cfg, 9.0)[1], none + 9 * (plain - none))
+    assert torch.equal(direct_cm.predict(ring[2], z, t, y, cfg, 1.0)[1], plain)
+
+
+def test_metrics():
+    a, b = torch.zeros(2, 3), torch.full((2, 3), 0.5)
+    assert direct_cm.METRICS["l2"](a, b) == 0.25
+    assert direct_cm.METRICS["huber"](a, b).item() == pytest.approx((0.25 + 1e-6) ** 0.5 - 1e-3)
+
+
+def test_sampling_labels():
+    """n = 1: 1000; n = 4: 1000, 750, 500, 250 (the paper's scheduler)."""
+    seen, net = [], toy_net()
+    def spy(x, t, y):
+        seen.append(t[0].item())
+        return net(x, t, y)
+    direct_cm.sample(spy, torch.randn(3, 2).double(), None, 4, config(), draw(3))
+    alpha, sigma = direct_cm.alpha_sigma(torch.tensor([1000, 750, 500, 250]))
+    assert torch.allclose(torch.tensor(seen).double(), torch.atan2(sigma, alpha * config().sigma_d))
+
+
+def test_both_students_share_their_draws(train, capsys):
+    """--mode both: two runs with the same first weights, and a table; the solver against itself has no error."""
+    words = ["--channels", "16", "--blocks", "1", "--batch", "64", "--intervals", "10", "--lr_cooldown", "0"]
+    direct_cm.main([*words, "--loss", "both", "--steps", "2", "--out", "run"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["cm", "direct", "solver, 10 steps"]
+    alone = train(*words, "--mode", "direct", "--steps", 2, "--out", "alone", script=direct_cm)
+    ckpt = common.read_checkpoint("run/direct")
+    assert all(torch.equal(alone["net"][k], ckpt["net"][k]) for k in alone["net"])
+
+
+@pytest.mark.parametrize("mode", ["cm", "direct"])
+def test_modes_train_on_images(mode, train, folder):
+    import scm
+    words = ["--dataset", "folder", "--data", folder, "--batch", 8]
+    train(*words, "--mode", "diffusion", "--channels", 8, "--attention", 4, "--steps", 2, "--out", "base", script=scm)
+    before = common.read_checkpoint("base")["ema"]
+    ckpt = train(*words, "--teacher", "base", "--mode", mode, "--w", 2, "--intervals", 5, "--steps", 2, "--out", "run",
+                 script=direct_cm)
+    assert any(not torch.equal(before[k], ckpt["net"][k]) for k in ckpt["net"])
+
+
+@pytest.mark.parametrize("words, text", [
+    (["--intervals", "300"], "1000"), (["--w", "9"], "--conditional"), (["--teacher", ""], "--teacher"),
+    (["--loss", "other"], "both"), (["--hops", "-1"], "--hops"), (["--hops", "3"], "--hops")])
+def test_bad_input(words, text, capsys):
+    with pytest.raises(SystemExit) as error:
+        direct_cm.main([*words, "--steps", "1"])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert error.value.code == 2 and len(lines) == 1 and text in lines[0], lines

@@ -1,0 +1,254 @@
+"""multistep_cm.py: DDIM, its inverse and aDDIM; Algorithm 1; progressive distillation."""
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import cm
+import common
+import multistep_cm as mcm
+
+
+def config(**values):
+    return mcm.Config(**mcm.PRESETS["gmm"] | values)
+
+
+def draw(n=64, step=0):
+    return common.Draw(0, step, 0, n)
+
+
+def full(n, value):
+    return torch.full((n,), value, dtype=torch.float64)
+
+
+def toy_net(seed=0):
+    return common.build(dict(shape=(2,), channels=32, blocks=2, emb_scale=8.0, c_noise="log", head=False), seed).double()
+
+
+def gradient(loss, net):
+    grads = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
+    return torch.cat([g.flatten() for g in grads if g is not None])
+
+
+def test_ddim_is_diffusers():
+    """The same step as DDIMScheduler's, between levels of its schedule."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(prediction_type="sample", clip_sample=False, set_alpha_to_one=True)
+    scheduler.set_timesteps(20)
+    x, z = torch.randn(4, 3, 8, 8).double(), torch.randn(4, 3, 8, 8).double()
+    def time(level):  # of the cosine schedule, where alpha^2 is alphas_cumprod; beyond the last it is 1
+        alpha2 = scheduler.alphas_cumprod[level].double() if level >= 0 else torch.tensor(1.0).double()
+        return full(4, 2 / math.pi * torch.acos(alpha2.sqrt()).item())
+    for level in (951, 501, 1):
+        theirs = scheduler.step(x, level, z).prev_sample
+        assert torch.allclose(mcm.ddim(x, z, time(level), time(level - 50), config()), theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("noise_res", [(), (32, 64, 64), (32, 128, 128)])
+def test_inverse_ddim(noise_res):
+    """invDDIM(DDIM(x)) = x down to the smallest gap of the schedule; DDIM to its own time is the identity."""
+    cfg, x, z = config(noise_res=noise_res), torch.randn(3, 2).double(), torch.randn(3, 2).double()
+    t, s = torch.tensor([1.0, 0.5, 1 / 1280]).double(), torch.tensor([1 - 1 / 1280, 0.25, 0.0]).double()
+    assert torch.allclose(mcm.inverse_ddim(mcm.ddim(x, z, t, s, cfg), z, t, s, cfg), x, atol=1e-9)
+    for time in (0.0, 0.3, 1.0):
+        assert torch.allclose(mcm.ddim(x, z, full(3, time), full(3, time), cfg), z, atol=1e-12)
+
+
+def test_noise_schedule():
+    """Variance preserving; the plain cosine; interpolated log-SNR as simple diffusion writes it."""
+    t = torch.linspace(0.01, 0.99, 9).double()
+    for noise_res in ((), (32, 128, 128)):
+        alpha, sigma = mcm.alpha_sigma(t, config(noise_res=noise_res))
+        assert torch.allclose(alpha**2 + sigma**2, torch.ones(9).double())
+        plain = -2 * torch.log(torch.tan(math.pi * t / 2))
+        low, high = plain + 2 * math.log(32 / 128), plain
+        expected = t * low + (1 - t) * high if noise_res else plain
+        assert torch.allclose(2 * torch.log(alpha / sigma), expected, atol=1e-9)
+
+
+def test_addim_corrects_the_norm():
+    """DDIM's ||z_s||^2 falls short by tr Var[z_s | z_t] (Eq. 12); aDDIM makes it up. Gaussian data with a mean,
+    where x and eps are nearly orthogonal, as Eq. 14 assumes."""
+    cfg, mean, std, t, s = config(), 1.0, 0.05, full(20_000, 0.7), full(20_000, 0.6)
+    alpha, sigma = (v[0] for v in mcm.alpha_sigma(t, cfg))
+    alpha_s, sigma_s = (v[0] for v in mcm.alpha_sigma(s, cfg))
+    g = torch.Generator().manual_seed(0)
+    signs = torch.randn(64, generator=g).double().sign() * mean
+    x0 = signs + std * torch.randn(20_000, 64, generator=g).double()
+    z = alpha * x0 + sigma * torch.randn(20_000, 64, generator=g).double()
+    gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
+    x, x_var = signs + gain * (z - alpha * signs), full(20_000, (std**2 * (1 - gain * alpha)).item())
+    plain, adjusted = mcm.ddim(x, z, t, s, cfg), mcm.addim(x, z, x_var, t, s, cfg)
+    exact = alpha_s * x0 + sigma_s / sigma * (z - alpha * x0)                  # Eq. 10, x* = x0 ~ p(x | z_t)
+    missing = (exact.square().sum(1) - plain.square().sum(1)).mean()
+    made_up = (adjusted.square().sum(1) - plain.square().sum(1)).mean()
+    trace = 64 * (alpha_s - alpha * sigma_s / sigma) ** 2 * x_var[0]
+    assert made_up.item() == pytest.approx(trace.item(), rel=0.1)
+    assert missing.item() == pytest.approx(trace.item(), rel=0.2)
+
+
+def test_addim_tends_to_ddim():
+    """Equal at no variance; otherwise the difference is of second order in the step."""
+    cfg, x, z, t = config(), torch.randn(4, 2).double(), torch.randn(4, 2).double(), full(4, 0.5)
+    assert torch.allclose(mcm.addim(x, z, full(4, 0.0), t, full(4, 0.2), cfg), mcm.ddim(x, z, t, full(4, 0.2), cfg))
+    gaps = [(mcm.addim(x, z, full(4, 0.1), t, t - h, cfg) - mcm.ddim(x, z, t, t - h, cfg)).norm() for h in (0.02, 0.01)]
+    assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.15)
+
+
+def test_segments_own_their_upper_ends():
+    """t_step <= s < t <= t_step + 1/S on a grid of T, every boundary of the lower segment, all pairs drawn."""
+    cfg = config(student_steps=4, teacher_steps=(8, 8))
+    t, s, t_step = mcm.times(draw(4000), 0, cfg)
+    assert torch.allclose(t - s, full(4000, 1 / 8)) and (s >= t_step).all() and (t <= t_step + 0.25).all()
+    for i in range(4):
+        rows = t_step == i / 4
+        assert set(t[rows].tolist()) == {i / 4 + 1 / 8, i / 4 + 2 / 8}
+
+
+def test_teacher_steps_are_annealed():
+    """64 -> 1280 over the first 100k of 200k steps, log-linearly: 286.22 half-way (App. A.1)."""
+    cfg = config(steps=200_000, student_steps=2, teacher_steps=(64, 1280))
+    for step, total in ((0, 64), (50_000, 286.22), (100_000, 1280), (10**6, 1280)):
+        t, s, _ = mcm.times(draw(64), step, cfg)
+        assert torch.allclose(1 / (t - s), full(64, 2.0 * round(total / 2)))
+
+
+def test_as_many_steps_as_the_teacher_is_diffusion():
+    """student_steps = T: ct's loss and gradient are those of (SNR + 1) || x - f(z_t, t) || (Eq. 9)."""
+    cfg, net, x0 = config(student_steps=16, teacher_steps=(16, 16)), toy_net(), torch.randn(64, 2)
+    loss = mcm.ct(net, net, None, x0, None, 0, cfg, draw())[0]
+    gen = draw()
+    t, s, t_step = mcm.times(gen, 0, cfg)
+    assert torch.equal(s, t_step)
+    diffusion = mcm.weighted(x0 - mcm.f(net, mcm.noisy(x0, t, gen, cfg), t, None, cfg), t, cfg)
+    assert loss.item() == pytest.approx(diffusion.item(), rel=1e-8)
+    assert torch.allclose(gradient(loss, net), gradient(diffusion, net), rtol=1e-7, atol=1e-9)
+
+
+def test_one_segment_is_cm(ring):
+    """S = 1 with a DDIM teacher is cm.py's cd in other coordinates: the same two denoised points, for any net."""
+    _, _, teacher = ring
+    cfg, x0 = config(student_steps=1, solver="ddim", huber=0.0, teacher_steps=(64, 64)), torch.randn(1, 2)
+    ratios = []
+    for seed in (0, 1):
+        net, gen = toy_net(seed), draw(1)
+        ours = mcm.cd(net, net, teacher, x0, None, 0, cfg, gen)[0]
+        gen = draw(1)
+        t, s, _ = mcm.times(gen, 0, cfg)
+        alpha, sigma = mcm.alpha_sigma(t, cfg)
+        x_t = mcm.noisy(x0, t, gen, cfg) / alpha                                # EDM's sample and levels
+        level, lower = sigma / alpha, (lambda a, b: b / a)(*mcm.alpha_sigma(s, cfg))
+        x_s = cm.ode_step(teacher, x_t, level, lower, None, cm.Config(solver="ddim"))
+        points = [cm.denoise(net, x, v, None, cm.Config()) for x, v in ((x_t, level), (x_s, lower))]
+        ratios.append(ours.item() / cm.METRICS["l2"](*points).sqrt().item())
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-6) and ratios[0] == pytest.approx((mcm.snr(t, cfg) + 1).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_perfect_f_has_no_loss(steps, monkeypatch):
+    """On a Gaussian: teacher steps along the exact ODE, f the DDIM step that ends on it at t_step."""
+    cfg, std = config(student_steps=steps, huber=0.0), 0.3
+    def scale(t):
+        alpha, sigma = mcm.alpha_sigma(t, cfg)
+        return ((alpha * std) ** 2 + sigma**2).sqrt()[:, None]
+    def exact(net, z, t, y, cfg):
+        t_step = torch.ceil(t * steps - 1e-9).sub(1).clamp(min=0) / steps
+        t = t.clamp(min=1e-6)
+        return mcm.inverse_ddim(z * scale(t_step) / scale(t), z, t, t_step, cfg)
+    monkeypatch.setattr(mcm, "f", exact)
+    t, s, t_step = mcm.times(draw(), 10**6, cfg)
+    z_t = scale(t) * torch.randn(64, 1).double()
+    error = mcm.consistency(None, None, z_t, t, z_t * scale(s) / scale(t), s, t_step, None, cfg, draw())[0]
+    wrong = mcm.consistency(None, None, z_t, t, 0.9 * z_t, s, t_step, None, cfg, draw())[0]
+    assert error < 1e-6 * wrong
+    noise = cfg.sigma_d * torch.randn(32, 1).double()                           # and it samples the exact ODE
+    assert torch.allclose(mcm.sample(None, noise, None, steps, cfg, None), std * noise / cfg.sigma_d, atol=1e-9)
+
+
+def test_progressive_distillation(ring):
+    """The student's steps halve down to student_steps; the target matches two steps of the teacher."""
+    cfg = config(mode="pd", pd_start=32, student_steps=4, steps=100, solver="ddim", huber=0.0)
+    assert [32 // 2 ** mcm.halvings(step, cfg) for step in (0, 24, 25, 50, 75, 99, 10**6)] == [32, 32, 16, 8, 4, 4, 4]
+    _, _, teacher = ring
+    net, x0, gen = toy_net(), torch.randn(64, 2), draw()
+    for step, target in ((0, teacher), (80, toy_net(1))):                       # the teacher first, then the last student
+        n = 32 if step == 0 else 4
+        loss = mcm.pd(net, target, teacher, x0, None, step, cfg, draw())[0]
+        gen = draw()
+        i = 1 + gen.index(n).double()
+        z = z_t = mcm.noisy(x0, i / n, gen, cfg)
+        for a, b in ((i, i - 0.5), (i - 0.5, i - 1)):
+            z = mcm.ddim(mcm.f(target, z, a / n, None, cfg), z, a / n, b / n, cfg)
+        one = mcm.ddim(mcm.f(net, z_t, i / n, None, cfg), z_t, i / n, (i - 1) / n, cfg)
+        unit = mcm.ddim(torch.ones_like(z_t), 0 * z_t, i / n, (i - 1) / n, cfg)  # z moves by this per unit of x
+        expected = mcm.weighted((one - z) / unit, i / n, cfg)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_teacher_variance_is_of_the_unguided_output(ring):
+    """With guidance, x* moves but x_var does not (App. A.1)."""
+    cfg, data, teacher = ring
+    cfg = config(conditional=True, teacher_guidance=3.0)
+    y, t, s, x0 = torch.arange(8), full(8, 0.7), full(8, 0.5), data.mean
+    z_t = mcm.noisy(x0, t, draw(8), cfg)
+    x, x_none = (mcm.f(teacher, z_t, t, v, cfg) for v in (y, torch.full_like(y, -1)))
+    expected = mcm.addim(x_none + 3 * (x - x_none), z_t, 0.75 * (x - x0).square().mean(1), t, s, cfg)
+    assert torch.allclose(mcm.teacher_step(teacher, z_t, t, s, x0, y, cfg), expected)
+
+
+def test_solvers_converge_to_the_ode(ring):
+    """The exact teacher's samples near the exact solution with the steps, aDDIM's and DDIM's alike."""
+    _, data, teacher = ring
+    noise = config().sigma_d * torch.randn(200, 2, generator=torch.Generator().manual_seed(0)).double()
+    exact = common.solve(data, noise, common.ode_times(512, config().sigma_d))
+    for solver in ("ddim", "addim", "heun"):
+        cfg = config(mode="diffusion", solver=solver)
+        coarse, fine = ((mcm.sample(teacher, noise, None, n, cfg, None) - exact).square().mean().sqrt() for n in (16, 256))
+        assert fine < 0.3 * coarse and fine < 0.05, (solver, coarse, fine)
+
+
+TOY = ["--channels", 16, "--blocks", 1, "--batch", 64, "--lr_cooldown", 0]
+
+
+def test_pd_resumes_exactly(train):
+    """The last student is part of the checkpoint."""
+    words = [*TOY, "--mode", "pd", "--pd_start", 8, "--student_steps", 2]
+    whole = train(*words, "--steps", 9, "--out", "whole", script=mcm)
+    assert any(not torch.equal(whole["net"][k], whole["target"][k]) for k in whole["net"])
+    live = train(*TOY, "--steps", 2, "--out", "live", script=mcm)
+    assert all(torch.equal(live["net"][k], live["target"][k]) for k in live["net"])
+    torch.save(whole, "copy.pt")
+    again = train(*words, "--steps", 9, "--out", "again", script=mcm)
+    assert all(torch.equal(whole[p][k], again[p][k]) for p in ("net", "target") for k in whole[p])
+
+
+@pytest.mark.parametrize("mode", list(mcm.LOSSES))
+def test_every_mode_trains_on_images(mode, train, folder):
+    words = ["--dataset", "folder", "--data", folder, "--batch", 8, "--log_every", 1]
+    train(*words, "--mode", "diffusion", "--channels", 8, "--attention", 4, "--steps", 2, "--out", "base", script=mcm)
+    if mode != "diffusion":
+        words += ["--teacher", "base", "--dropout", 0.1, "--student_steps", 2, "--pd_start", 4]
+    train(*words, "--mode", mode, "--steps", 3, "--out", "run", script=mcm)
+    losses = [json.loads(line)["loss"] for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert len(losses) == 3 and all(map(math.isfinite, losses))
+
+
+def test_figure(capsys):
+    """One flag draws the paths of 1, 2 and 4 steps and of the ODE in 1-D."""
+    mcm.main(["--figure", *map(str, TOY), "--steps", "2"])
+    picture = Image.open("out/multistep_cm/paths.png")
+    assert picture.width > 900 and len(picture.getcolors(10**6)) > 20
+
+
+@pytest.mark.parametrize("words, text", [
+    (["--teacher", ""], "teacher"), (["--mode", "pd", "--pd_start", "12"], "--pd_start"),
+    (["--teacher_guidance", "2"], "--conditional"), (["--solver", "heun"], "heun"), (["--student_steps", "0"], "at least 1"),
+    (["--teacher_steps", "64"], "--teacher_steps"), (["--noise_res", "32,64"], "--noise_res")])
+def test_bad_input(words, text, capsys):
+    with pytest.raises(SystemExit) as error:
+        mcm.main([*words, "--steps", "1"])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert error.value.code == 2 and len(lines) == 1 and text in lines[0], lines
