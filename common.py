@@ -12,6 +12,7 @@ this signature: a checkpoint of ours, or the exact one of a `Mixture` of Gaussia
 """
 import argparse
 import contextlib
+import csv
 import datetime
 import dataclasses
 import hashlib
@@ -70,8 +71,8 @@ AT_LEAST_1 = ("steps", "batch", "nfe", "log_every", "save_every", "sample_every"
 
 def parse_args(Config, presets, modes, argv=None):
     """Command line -> Config. Later wins: defaults, presets[dataset], presets[dataset, mode] and
-    [dataset, size], the network of --init or --teacher, the stored run (--resume, --sample), flags. Ends the program on
-    anything unknown."""
+    [dataset, size], the network of --init or --teacher, the stored run (--resume, --sample), flags. Ends the
+    program on anything unknown."""
     fields = {f.name: f for f in dataclasses.fields(Config)}
     comment = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     script = Path(inspect.getfile(Config)).stem
@@ -359,8 +360,28 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def read_image(path, shape):
-    """Image file -> (1, C, H, W) in [-1, 1], None for ''; ends the program unless it has the right size."""
+def read_captions(cfg):
+    """[(image path, caption)] of --data: metadata.jsonl or .csv (file_name, text), or a .txt for each image."""
+    root = Path(cfg.data)
+    try:
+        if (root / "metadata.jsonl").exists():
+            rows = map(json.loads, (root / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
+        elif (root / "metadata.csv").exists():
+            rows = csv.DictReader((root / "metadata.csv").read_text(encoding="utf-8").splitlines())
+        else:
+            images = (p for p in root.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+            rows = (dict(file_name=p.relative_to(root), text=p.with_suffix(".txt").read_text(encoding="utf-8"))
+                    for p in sorted(images))
+        pairs = [(root / row["file_name"], row["text"].strip()) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"--data {root}: every image needs a caption, in metadata.jsonl or metadata.csv (file_name, text), "
+             f"or in a .txt of its name ({error!r})")
+    return pairs or fail(f"--data {root}: no images with captions in it")
+
+
+def read_image(path, shape, crop=False):
+    """Image file -> (1, C, H, W) in [-1, 1], None for ''; ends the program unless it has the right size, or
+    crops and resizes it."""
     if not path:
         return None
     try:
@@ -368,6 +389,8 @@ def read_image(path, shape):
         image.load()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         fail(f"cannot read the image {path}: {error}")
+    if crop:
+        image = centre_crop(image.convert("RGB"), shape[1])
     if image.size != tuple(shape[2:0:-1]) or image.mode not in ("RGB", "L", "1"):
         found = f"{image.width}x{image.height} {image.mode}"
         fail(f"{path} is {found}; the network needs {shape[2]}x{shape[1]} RGB or L")
@@ -839,7 +862,7 @@ def load_init(net, cfg, data):
 
 
 def make_optimizer(net, cfg):
-    kinds = dict(adam=torch.optim.Adam, radam=torch.optim.RAdam)
+    kinds = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW, radam=torch.optim.RAdam)
     return kinds[cfg.optimizer](net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=cfg.eps)
 
 
@@ -854,7 +877,9 @@ def learning_rate(step, cfg):
 @torch.no_grad()
 def lerp(average, net, beta):
     """average <- beta average + (1 - beta) net."""
-    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - beta)
+    pairs = [(a, b) for a, b in zip(average.parameters(), net.parameters()) if a is not b]
+    if pairs:  # what the two share, such as SDXL's frozen weights, is its own average
+        torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - beta)
 
 
 def update_ema(ema, net, step, cfg):
@@ -1067,10 +1092,10 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
         distance = {"ode": energy_distance(exact, fresh[0]), "data": energy_distance(fresh[1], fresh[0])}
     elif callable(teacher):
         ode = solve(teacher, noise, ode_times(18, cfg.sigma_d), y, cfg.sigma_d)
-        columns = {"teacher, 35 NFE": Images.to_uint8(ode)}
+        columns = {"teacher, 35 NFE": data.to_uint8(ode)}
     for nfe in nfes:
         x = sample(net, noise, y, nfe, cfg, gen)
-        columns[f"{cfg.mode}, {nfe} NFE"] = x if toy else Images.to_uint8(x)
+        columns[f"{cfg.mode}, {nfe} NFE"] = x if toy else data.to_uint8(x)
         if toy:
             distance[str(nfe)] = energy_distance(x, fresh[0])
             metrics.setdefault("ode_error", float((x.double() - exact).square().mean().sqrt()))

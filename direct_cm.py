@@ -18,6 +18,11 @@ on the same draws (--mode both), and the paper's table of E beside sample qualit
     python direct_cm.py --mode cm --hops 10 --out out/hops10    between CM and Direct CM
     python direct_cm.py --dataset folder --data PATH --image_size 16 --teacher out/teacher --out out/direct
     python direct_cm.py --sample 64 --nfe 4 --out out/direct_cm/cm
+    torchrun --nproc_per_node=8 direct_cm.py --pretrained stabilityai/stable-diffusion-xl-base-1.0 \\
+        --vae madebyollin/sdxl-vae-fp16-fix --data FOLDER --mode cm --dtype fp16 --out out/sdxl
+    python direct_cm.py --sample 4 --prompt "a red fox in the snow" --nfe 4 --out out/sdxl
+
+With --pretrained the network is SDXL's with LoRA, the teacher the same without, x_0 a latent, y a caption.
 """
 # ------------------------------------------------------------------------------------------------- imports
 import copy
@@ -25,6 +30,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -49,7 +55,7 @@ class Config:
     steps: int = 4000  # optimizer steps
     batch: int = 256  # global batch, in samples
     micro: int = 0  # most samples a process takes at once (gradient accumulation); 0 = all
-    optimizer: Literal["adam", "radam"] = "adam"  # adam or radam
+    optimizer: Literal["adam", "adamw", "radam"] = "adam"  # adamw: weight decay 0.01
     lr: float = 1e-3  # peak learning rate
     lr_warmup: int = 0  # steps of linear warm-up; 0 = off
     lr_ref: int = 0  # steps after which lr falls with the inverse square root; 0 = off
@@ -86,6 +92,10 @@ class Config:
     solver: Literal["ddim", "euler", "heun"] = "ddim"  # of the teacher
     w: float = 1.0  # guidance of the teacher, 1 = off; needs --conditional (the paper: 9)
     metric: Literal["l2", "huber"] = "l2"  # d; huber with c = 0.001, elementwise
+    pretrained: str = ""  # SDXL: folder or hub id of a diffusers pipeline; --data: images with captions
+    vae: str = ""  # SDXL: another autoencoder; "" = the pipeline's
+    lora_rank: int = 64  # SDXL: rank, and alpha, of the adapters
+    prompt: str = ""  # SDXL: what to --sample, through diffusers' pipeline
 
 
 # ------------------------------------------------------------------------------------------------- PRESETS
@@ -95,6 +105,9 @@ PRESETS = {
     "shapes": dict(image_size=16, conditional=True, channels=32, blocks=1, steps=1000, batch=64, lr=2e-3,
                    lr_cooldown=0.5),
     "folder": dict(conditional=True, steps=500, batch=128, lr=2e-3, lr_cooldown=0.5, blocks=1),
+    # E, FID of 1 step (DDIM): cm 0.29, 103.9; direct 0.25, 158.6. An EMA this short is none.
+    "sdxl": dict(conditional=True, mode="cm", image_size=1024, steps=250, batch=16, micro=1, lr=1e-4, w=9.0,
+                 optimizer="adamw", beta2=0.999, clip=1.0, ema_sigma_rel=0.0, ema_halflife=1e-3, save_every=50),
 }
 
 
@@ -111,6 +124,12 @@ def alpha_sigma(t):
 def predict(net, z_t, t, y, cfg, w=1.0):
     """x_0 and eps of a network or a teacher, t > 0; with guidance if w is not 1."""
     alpha, sigma = alpha_sigma(t)
+    if cfg.pretrained:
+        eps = net(z_t, t, y)
+        if w != 1:
+            eps_uncond = net(z_t, t, torch.full_like(y, -1))
+            eps = eps_uncond + w * (eps - eps_uncond)
+        return (z_t - like(sigma, z_t) * eps) / like(alpha, z_t), eps
     x_t, angle = common.to_trigflow(z_t, alpha, sigma, cfg.sigma_d)
     F = net(x_t / cfg.sigma_d, angle, y)
     if w != 1:
@@ -212,13 +231,107 @@ def sample(net, noise, y, nfe, cfg, gen):
     return z
 
 
+class Captions:
+    """Images of --data as latents, and their captions as prompt embeddings, by the parts of --pretrained.
+
+    Computed once. # DEPARTS: the latents are the posterior's means, not samples drawn anew each time."""
+
+    def __init__(self, cfg, device):
+        from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+        pairs, size = common.read_captions(cfg), cfg.image_size
+        part = dict(subfolder="vae") if not cfg.vae else {}
+        try:
+            self.vae = AutoencoderKL.from_pretrained(cfg.vae or cfg.pretrained, **part).to(device)
+            pipe = StableDiffusionXLPipeline.from_pretrained(cfg.pretrained, unet=None, vae=None).to(device)
+            assert pipe.text_encoder_2 is not None
+        except Exception as error:  # missing files, no network, another kind of pipeline: diffusers raises many
+            common.fail(f"--pretrained {cfg.pretrained} is not a readable SDXL pipeline ({error})")
+        self.vae.requires_grad_(False)
+        latents, prompts, pooled = [], [], []
+        for path, caption in common.tqdm(pairs, desc="encode", leave=False, disable=None):
+            x = common.read_image(path, (3, size, size), crop=True).to(device)
+            with torch.no_grad():
+                latents.append(self.vae.encode(x).latent_dist.mean.cpu() * self.vae.config.scaling_factor)
+                embedding, _, pool, _ = pipe.encode_prompt(caption, device=device, do_classifier_free_guidance=False)
+            prompts.append(embedding.cpu())
+            pooled.append(pool.cpu())
+        self.latents, self.prompts, self.pooled = torch.cat(latents), torch.cat(prompts), torch.cat(pooled)
+        self.shape, self.classes, self.cfg = tuple(self.latents.shape[1:]), len(pairs), cfg
+
+    def batch(self, gen):
+        """x0 (B, 4, H / 8, W / 8); y (B,) index of the caption."""
+        y = gen.index(self.classes)
+        return self.latents[y.cpu()].to(gen.device), gen.labels(y, self.cfg)
+
+    def condition(self, y):
+        """Prompt embeddings (B, L, C) and pooled (B, P) for captions y; zeros for -1."""
+        rows, known = y.clamp(min=0).cpu(), (y >= 0).cpu()
+        return ((table[rows] * like(known.float(), table)).to(y.device) for table in (self.prompts, self.pooled))
+
+    @torch.no_grad()
+    def to_uint8(self, x):
+        x = torch.cat([self.vae.decode(v[None] / self.vae.config.scaling_factor).sample for v in x])
+        return common.Images.to_uint8(x)
+
+
+LORA = ("to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,"
+        "downsamplers.0.conv,upsamplers.0.conv,time_emb_proj").split(",")
+
+
+class SDXL(torch.nn.Module):
+    """eps = net(z_t, t, y), the frozen U-Net of --pretrained: with its LoRA, the student, or without, the teacher,
+    which shares all but a flag. The weights that it saves are the LoRA's."""
+
+    def __init__(self, cfg, data, unet=None):
+        super().__init__()
+        from diffusers import UNet2DConditionModel
+        from peft import LoraConfig
+        self.cfg, self.data, self.adapted = cfg, data, unet is not None
+        self.options = dict(shape=data.shape, classes=data.classes)
+        self.half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
+        if unet is None:
+            unet = UNet2DConditionModel.from_pretrained(cfg.pretrained, subfolder="unet", torch_dtype=self.half)
+            unet.requires_grad_(False).enable_gradient_checkpointing()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(cfg.seed)
+                unet.add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_rank, target_modules=LORA))
+            for p in unet.parameters():
+                p.data = p.data.float() if p.requires_grad else p.data
+        self.unet = unet
+
+    def student(self):
+        return SDXL(self.cfg, self.data, self.unet).train()
+
+    def forward(self, z_t, t, y):
+        prompts, pooled = self.data.condition(y)
+        size = torch.tensor([self.cfg.image_size, self.cfg.image_size, 0, 0] + [self.cfg.image_size] * 2)
+        added = dict(text_embeds=pooled, time_ids=size.to(z_t).expand(len(z_t), 6))
+        self.unet.enable_adapters() if self.adapted else self.unet.disable_adapters()
+        with torch.autocast(z_t.device.type, self.half, enabled=self.half != torch.float32):
+            eps = self.unet(z_t, t, prompts, added_cond_kwargs=added).sample
+        self.unet.enable_adapters()
+        return eps.float()
+
+    def state_dict(self, **kw):
+        from peft import get_peft_model_state_dict
+        return get_peft_model_state_dict(self.unet)
+
+    def load_state_dict(self, state):
+        from peft import set_peft_model_state_dict
+        set_peft_model_state_dict(self.unet, state)
+
+    def __deepcopy__(self, memo):
+        """Its own LoRA on the same frozen weights."""
+        memo |= {id(p): p for p in self.unet.parameters() if not p.requires_grad}
+        return SDXL(self.cfg, self.data, copy.deepcopy(self.unet, memo))
+
+
 # --------------------------------------------------------------------------------------------------- train
 def train(cfg):
     run = common.Run(cfg)
-    data = common.dataset(cfg, run.device)
-    teacher = common.load_teacher(cfg, data, run.device)  # <- method
-    options = dict(head=False)  # <- method
-    net = common.network(cfg, data, **options)
+    data = Captions(cfg, run.device) if cfg.pretrained else common.dataset(cfg, run.device)  # <- method
+    teacher = SDXL(cfg, data) if cfg.pretrained else common.load_teacher(cfg, data, run.device)  # <- method
+    net = teacher.student() if cfg.pretrained else common.network(cfg, data, head=False)  # <- method
     common.load_init(net, cfg, data)
     net.to(run.device)
     target = net  # <- method: the live network itself is the stop-gradient branch
@@ -257,36 +370,70 @@ def train(cfg):
             run.save(state, done)
         if done % cfg.sample_every == 0 or done == cfg.steps:
             nfes = (1, 2, 4)  # <- method
-            common.report(cfg, run, done, sample, ema, data, teacher, nfes)
+            solved = None if cfg.pretrained else teacher  # <- method: SDXL is no network of our convention
+            common.report(cfg, run, done, sample, ema, data, solved, nfes)  # <- method
 
 
 # ---------------------------------------------------------------------------------------------------- main
 @torch.no_grad()
-def compare(cfg, paths, n=5000):
+def compare(cfg, paths):
     """The paper's Table 1 in small. E: RMS per element between f from pure noise and the solver's solution
     from the same (Eq. 6). Quality: energy distance in 2-D, Frechet distance of pixels for images, to the
-    teacher's own samples from other noise."""
-    data = common.dataset(cfg)
-    teacher, nets = common.load_teacher(cfg, data, "cpu"), {path: common.load_net(path) for path in paths}
-    n, net = (n if len(data.shape) == 1 else 1000), nets[paths[0]]
+    teacher's own samples from other noise; SDXL: E alone, between latents."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = Captions(cfg, device) if cfg.pretrained else common.dataset(cfg, device)
+    teacher = (SDXL(cfg, data) if cfg.pretrained else common.load_teacher(cfg, data, device)).to(device)
+    n = 16 if cfg.pretrained else 1000 if len(data.shape) > 1 else 5000
+    shape = dict(options=dict(shape=data.shape, classes=data.classes if cfg.conditional else 0))
     def solution(seed):
-        noise, y, gen = common.noise_and_labels(cfg, net, 0, n, seed, "cpu")
-        start = torch.full((n,), 1000)
+        noise, y, gen = common.noise_and_labels(cfg, SimpleNamespace(**shape), 0, n, seed, device)
+        start = torch.full((n,), 1000, device=device)
         return noise, y, gen, hop(teacher, noise / cfg.sigma_d, start, cfg.intervals, y, cfg)[0]
     noise, y, gen, solved = solution(12345)
-    reference = solution(54321)[3]
     print(f"| {cfg.solver}, N = {cfg.intervals}, w = {cfg.w:g} | E | 1 step | 2 steps | 4 steps |")
     print("| --- " * 5 + "|")
+    reference = None if cfg.pretrained else solution(54321)[3]
+
+    def quality(*samples):
+        return " | ".join("" if cfg.pretrained else f"{common.distance(x, reference):.5f}" for x in samples)
     for path in paths:
-        x = [sample(nets[path], noise, y, nfe, cfg, gen) for nfe in (1, 2, 4)]
-        quality = " | ".join(f"{common.distance(v, reference):.5f}" for v in x)
-        print(f"| {Path(path).name} | {(x[0] - solved).square().mean().sqrt():.4f} | {quality} |")
-    print(f"| solver, {cfg.intervals} steps | 0 | {common.distance(solved, reference):.5f} | | |")
+        if cfg.pretrained:
+            net = teacher.student().eval()
+            net.load_state_dict(common.read_checkpoint(path)["ema"])
+        else:
+            net = common.load_net(path).to(device)
+        x = [sample(net, noise, y, nfe, cfg, gen) for nfe in (1, 2, 4)]
+        print(f"| {Path(path).name} | {(x[0] - solved).square().mean().sqrt():.4f} | {quality(*x)} |")
+    print(f"| solver, {cfg.intervals} steps | 0 | {quality(solved)} | | |")
+
+
+def export(path):
+    """pytorch_lora_weights.safetensors, as StableDiffusionXLPipeline.load_lora_weights reads it."""
+    from diffusers import StableDiffusionXLPipeline
+    StableDiffusionXLPipeline.save_lora_weights(path, unet_lora_layers=common.read_checkpoint(path)["ema"])
+    print(f"wrote {path}/pytorch_lora_weights.safetensors")
+
+
+def draw(cfg):
+    """--sample with --prompt: the run's LoRA in diffusers' own pipeline with LCMScheduler."""
+    from diffusers import LCMScheduler, StableDiffusionXLPipeline
+    half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
+    pipe = StableDiffusionXLPipeline.from_pretrained(cfg.pretrained, torch_dtype=half)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=cfg.intervals)
+    pipe.load_lora_weights(cfg.out, weight_name="pytorch_lora_weights.safetensors")
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    images = pipe([cfg.prompt] * cfg.sample, num_inference_steps=cfg.nfe, guidance_scale=0.0, output_type="pt",
+                  width=cfg.image_size, height=cfg.image_size,
+                  generator=torch.Generator().manual_seed(cfg.seed)).images
+    path = cfg.save or f"{cfg.out}/samples.png"
+    common.panels({f"{cfg.nfe} NFE": (images * 255).round().to(torch.uint8)}, path)
+    print(f"wrote {path}")
 
 
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     words = ["--mode" if word == "--loss" else word for word in words]  # the paper's code calls it so
+    words = ["--dataset", "sdxl"] * ("--pretrained" in words) + words
     cfg = common.parse_args(Config, PRESETS, LOSSES | {"both": None}, words)
     if 1000 % cfg.intervals:
         common.fail(f"--intervals must divide 1000, and {cfg.intervals} does not")
@@ -294,16 +441,25 @@ def main(argv=None):
         common.fail("--w guides a class-conditional teacher: add --conditional, or leave --w at 1")
     if cfg.hops and cfg.mode == "both":
         common.fail("--hops goes with one student: add --mode cm")
-    if cfg.sample:
+    if cfg.dataset == "sdxl" and not (cfg.pretrained and (cfg.data or cfg.sample)):
+        common.fail("--dataset sdxl needs --pretrained PATH_OR_HUB_ID and --data FOLDER")
+    if cfg.sample and cfg.pretrained:
+        draw(cfg) if cfg.prompt else common.fail("--sample of an SDXL run needs --prompt TEXT")
+    elif cfg.sample:
         common.write_samples(cfg, sample)
-    elif not cfg.teacher:
+    elif not cfg.teacher and not cfg.pretrained:
         common.fail("the students distill a teacher: give --teacher RUN (or exact, for gmm)")
     else:  # the same seed, so the same weights, data, times and noise
         runs = {f"{cfg.out}/{mode}": mode for mode in LOSSES} if cfg.mode == "both" else {cfg.out: cfg.mode}
-        for path, mode in runs.items():
-            train(replace(cfg, mode=mode, out=path))
-        if common.RANK == 0:
-            compare(cfg, list(runs))
+        try:
+            for path, mode in runs.items():
+                train(replace(cfg, mode=mode, out=path))
+                if cfg.pretrained and common.RANK == 0:
+                    export(path)
+            if common.RANK == 0:
+                compare(cfg, list(runs))
+        except torch.OutOfMemoryError:
+            common.fail("not enough GPU memory: lower --micro, --image_size or --lora_rank, or use --dtype fp16")
 
 
 if __name__ == "__main__":

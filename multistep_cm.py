@@ -49,7 +49,7 @@ class Config:
     steps: int = 4000  # optimizer steps
     batch: int = 256  # global batch, in samples
     micro: int = 0  # most samples a process takes at once (gradient accumulation); 0 = all
-    optimizer: Literal["adam", "radam"] = "adam"  # adam or radam
+    optimizer: Literal["adam", "adamw", "radam"] = "adam"  # adamw: weight decay 0.01
     lr: float = 1e-3  # peak learning rate
     lr_warmup: int = 0  # steps of linear warm-up; 0 = off
     lr_ref: int = 0  # steps after which lr falls with the inverse square root; 0 = off
@@ -291,10 +291,10 @@ def sample(net, noise, y, nfe, cfg, gen, path=None):
 # --------------------------------------------------------------------------------------------------- train
 def train(cfg):
     run = common.Run(cfg)
-    data = common.dataset(cfg, run.device)
+    data = common.dataset(cfg, run.device)  # <- method
     teacher = common.load_teacher(cfg, data, run.device)  # <- method
     options = dict(head=False)  # <- method
-    net = common.network(cfg, data, **options)
+    net = common.network(cfg, data, **options)  # <- method
     common.load_init(net, cfg, data)
     net.to(run.device)
     target = copy.deepcopy(net) if cfg.mode == "pd" else net  # <- method: the last student, or the live net
@@ -335,7 +335,7 @@ def train(cfg):
             run.save(state, done)
         if done % cfg.sample_every == 0 or done == cfg.steps:
             nfes = (cfg.student_steps,)  # <- method
-            common.report(cfg, run, done, sample, ema, data, teacher, nfes)
+            common.report(cfg, run, done, sample, ema, data, teacher, nfes)  # <- method
             if cfg.teacher == "exact" and cfg.mode != "diffusion":  # <- method
                 compare(cfg, teacher)  # <- method
 

@@ -49,7 +49,7 @@ class Config:
     steps: int = 4000  # optimizer steps
     batch: int = 256  # global batch, in samples
     micro: int = 0  # most samples a process takes at once (gradient accumulation); 0 = all
-    optimizer: Literal["adam", "radam"] = "adam"  # adam or radam
+    optimizer: Literal["adam", "adamw", "radam"] = "adam"  # adamw: weight decay 0.01
     lr: float = 1e-3  # peak learning rate
     lr_warmup: int = 0  # steps of linear warm-up; 0 = off
     lr_ref: int = 0  # steps after which lr falls with the inverse square root; 0 = off
@@ -276,10 +276,10 @@ def sample(net, noise, y, nfe, cfg, gen):
 # --------------------------------------------------------------------------------------------------- train
 def train(cfg):
     run = common.Run(cfg)
-    data = common.dataset(cfg, run.device)
+    data = common.dataset(cfg, run.device)  # <- method
     teacher = data  # <- method: no teacher, but the samples that targets are averaged over
     options = dict(head=False)  # <- method
-    net = common.network(cfg, data, **options)
+    net = common.network(cfg, data, **options)  # <- method
     common.load_init(net, cfg, data)
     net.to(run.device)
     target = net  # <- method: the live network itself is the stop-gradient branch
@@ -322,7 +322,7 @@ def train(cfg):
             run.save(state, done)
         if done % cfg.sample_every == 0 or done == cfg.steps:
             nfes = (cfg.phases,) if cfg.phases > 1 else (1, 2)  # <- method
-            common.report(cfg, run, done, sample, ema, data, teacher, nfes)
+            common.report(cfg, run, done, sample, ema, data, teacher, nfes)  # <- method
 
 
 # ---------------------------------------------------------------------------------------------------- main

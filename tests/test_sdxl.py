@@ -1,0 +1,157 @@
+"""direct_cm.py on SDXL: a tiny random pipeline of diffusers' own classes, through the same --pretrained path."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import direct_cm
+import scm
+
+diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """Folder of a StableDiffusionXLPipeline with random weights, 16 x 16 pixels, 8 x 8 latents."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("sdxl")
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, sample_size=8, norm_num_groups=8, cross_attention_dim=64,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, transformer_layers_per_block=(1, 1), projection_class_embeddings_input_dim=80)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=[32, 32], down_block_types=["DownEncoderBlock2D"] * 2, norm_num_groups=8,
+        up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, sample_size=16)
+    words = ["<|startoftext|>", "<|endoftext|>"] + [c + end for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
+    (path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(str(path / "vocab.json"), str(path / "merges.txt"), model_max_length=16)
+    text = transformers.CLIPTextConfig(
+        bos_token_id=0, eos_token_id=1, pad_token_id=1, hidden_size=32, intermediate_size=37, num_attention_heads=4,
+        num_hidden_layers=2, vocab_size=len(words), max_position_embeddings=16, projection_dim=32)
+    scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    diffusers.StableDiffusionXLPipeline(
+        vae=vae, unet=unet, scheduler=scheduler, tokenizer=tokenizer, tokenizer_2=tokenizer,
+        text_encoder=transformers.CLIPTextModel(text),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(text)).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """Ten pictures with captions in .txt files."""
+    images, labels = common.draw_shapes(scm.Config(image_size=20), 10)
+    (tmp_path / "captioned").mkdir()
+    for i, (image, label) in enumerate(zip(images, labels)):
+        Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "captioned" / f"{i}.png")
+        (tmp_path / "captioned" / f"{i}.txt").write_text(["disc", "triangle", "square", "pentagon"][label % 4])
+    return tmp_path / "captioned"
+
+
+@pytest.fixture
+def words(pipeline, captioned):
+    return ["--pretrained", pipeline, "--data", str(captioned), "--image_size", "16", "--batch", "4", "--micro", "2",
+            "--intervals", "5", "--lora_rank", "4", "--log_every", "1", "--lr", "0.01"]
+
+
+def config(words, *more):
+    flags = ["--dataset", "sdxl", "--mode", "cm", *words, *more]
+    return common.parse_args(direct_cm.Config, direct_cm.PRESETS, direct_cm.LOSSES, flags)
+
+
+def test_both_losses_train_and_diffusers_reads_the_adapters(words, pipeline):
+    """LoRA alone is trained and the teacher stays; in a fresh pipeline the file gives the student's eps; sampling."""
+    cfg = config(words)
+    data = direct_cm.Captions(cfg, "cpu")
+    teacher = direct_cm.SDXL(cfg, data)
+    z, t, y = torch.randn(3, *data.shape), torch.tensor([1000, 500, 10]), torch.tensor([0, 5, -1])
+    before = teacher(z, t, y).detach()
+    direct_cm.main([*words, "--mode", "both", "--steps", "3", "--out", "run"])
+    for mode in ("cm", "direct"):
+        ckpt = common.read_checkpoint(f"run/{mode}")
+        assert all("lora" in name for name in ckpt["net"]) and any(v.abs().max() > 0 for k, v in ckpt["net"].items() if "lora_B" in k)
+        student = teacher.student()
+        student.load_state_dict(ckpt["net"])
+        eps = student(z, t, y).detach()
+        assert torch.equal(teacher(z, t, y), before) and not torch.allclose(eps, before, atol=1e-3)
+        pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(pipeline)
+        pipe.load_lora_weights(f"run/{mode}", weight_name="pytorch_lora_weights.safetensors")
+        prompts, pooled = data.condition(y)
+        added = dict(text_embeds=pooled, time_ids=torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(3, 6))
+        assert torch.allclose(pipe.unet(z, t, prompts, added_cond_kwargs=added).sample, eps, atol=1e-4)
+    direct_cm.main(["--sample", "2", "--prompt", "a disc", "--nfe", "2", "--out", "run/cm"])
+    assert Image.open("run/cm/samples.png").size[0] > 30
+
+
+def test_unconditional_branch_is_zeros(words):
+    """y = -1: zero prompt and pooled embeddings; the others are the pipeline's own of the caption."""
+    cfg = config(words)
+    data = direct_cm.Captions(cfg, "cpu")
+    prompts, pooled = data.condition(torch.tensor([3, -1]))
+    assert prompts[1].abs().max() == pooled[1].abs().max() == 0 and torch.equal(prompts[0], data.prompts[3])
+    net, z, t, y = direct_cm.SDXL(cfg, data), torch.randn(2, *data.shape), torch.tensor([600, 200]), torch.tensor([3, 4])
+    with torch.no_grad():
+        plain, none = net(z, t, y), net(z, t, torch.full_like(y, -1))
+        x_0, eps = direct_cm.predict(net, z, t, y, cfg, 9.0)
+    assert torch.allclose(eps, none + 9 * (plain - none), atol=1e-4)
+    alpha, sigma = direct_cm.alpha_sigma(t)
+    assert torch.allclose(alpha.view(2, 1, 1, 1) * x_0 + sigma.view(2, 1, 1, 1) * eps, z.double(), atol=1e-4)
+
+
+def test_resume_is_exact(words, train):
+    words = ["--dataset", "sdxl", "--mode", "cm", *words]
+    whole = train(*words, "--steps", 4, "--out", "whole", script=direct_cm)
+    train(*words, "--steps", 2, "--out", "parts", script=direct_cm)
+    parts = train("--resume", "--steps", 4, "--out", "parts", script=direct_cm)
+    assert whole["net"].keys() == parts["net"].keys()
+    assert all(torch.equal(whole["net"][k], parts["net"][k]) for k in whole["net"])
+
+
+def test_two_processes(words, train):
+    """torchrun with two processes gives the single process's adapters, to float tolerance."""
+    one = train("--dataset", "sdxl", "--mode", "cm", *words, "--steps", 2, "--out", "one", "--lr", 1e-4, script=direct_cm)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", direct_cm.__file__]
+    result = subprocess.run([*command, *words, "--steps", "2", "--out", "two", "--lr", "1e-4"], capture_output=True, text=True,
+                            timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    two = common.read_checkpoint("two")
+    assert all(torch.allclose(one["net"][k], two["net"][k], atol=2e-5) for k in one["net"])
+    assert Path("two/pytorch_lora_weights.safetensors").exists()
+
+
+def test_captions_from_tables(captioned):
+    """metadata.jsonl and metadata.csv say the same as the .txt files."""
+    cfg = direct_cm.Config(data=str(captioned))
+    pairs = common.read_captions(cfg)
+    assert len(pairs) == 10
+    rows = [dict(file_name=p.name, text=text) for p, text in pairs]
+    (captioned / "metadata.csv").write_text("file_name,text\n" + "".join(f"{r['file_name']},{r['text']}\n" for r in rows))
+    assert common.read_captions(cfg) == pairs
+    (captioned / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert common.read_captions(cfg) == pairs
+
+
+def test_bad_input(words, captioned, capsys, folder):
+    def fails(text, *flags):
+        with pytest.raises(SystemExit) as error:
+            direct_cm.main([*words, "--steps", "1", "--out", "run", *flags])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("python")
+                 or "direct_cm.py" in line or "__main__" in line or "pytest" in line]
+        assert error.value.code == 2 and len(lines) == 1 and text in lines[0], lines
+    fails("SDXL pipeline", "--pretrained", str(folder))
+    fails("--pretrained", "--pretrained", "", "--dataset", "sdxl")
+    fails("300", "--intervals", "300")
+    fails("no checkpoint", "--sample", "2", "--out", "run")
+    (captioned / "3.png").write_bytes(b"no image")
+    fails("3.png")
+    (captioned / "5.txt").unlink()
+    fails("caption")
+    assert not Path("run/config.json").exists() and np.all([p.exists() for p in captioned.glob("*.png")])
