@@ -810,7 +810,8 @@ def read_checkpoint(path):
     """The dict in a run folder's ckpt.pt, or in a file. Loads tensors and plain values only, never code."""
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() or not Path(path).suffix else Path(path)
     if not path.exists():
-        fail(f"no checkpoint at {path}")
+        inside = [str(p.parent) for p in sorted(path.parent.glob("*/ckpt.pt"))]
+        fail(f"no checkpoint at {path}" + (f"; there are runs in {', '.join(inside)}" if inside else ""))
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, by where the damage is
@@ -1082,7 +1083,7 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
         return
     nfes = (35,) if cfg.mode == "diffusion" else nfes
     toy = len(data.shape) == 1
-    n = 5000 if toy else 36
+    n = 5000 if toy else 36 if data.shape[1] <= 64 else 4
     noise, y, gen = noise_and_labels(cfg, net, 0, n, 12345, run.device)
     columns, metrics = {}, dict(seconds=round(time.time() - run.began, 1), steps=step)
     if toy:

@@ -105,7 +105,7 @@ PRESETS = {
     "shapes": dict(image_size=16, conditional=True, channels=32, blocks=1, steps=1000, batch=64, lr=2e-3,
                    lr_cooldown=0.5),
     "folder": dict(conditional=True, steps=500, batch=128, lr=2e-3, lr_cooldown=0.5, blocks=1),
-    # E, FID of 1 step (DDIM): cm 0.29, 103.9; direct 0.25, 158.6. An EMA this short is none.
+    # E (mean square), FID of 1 step (DDIM): cm 0.29, 103.9; direct 0.25, 158.6. An EMA this short is none.
     "sdxl": dict(conditional=True, mode="cm", image_size=1024, steps=250, batch=16, micro=1, lr=1e-4, w=9.0,
                  optimizer="adamw", beta2=0.999, clip=1.0, ema_sigma_rel=0.0, ema_halflife=1e-3, save_every=50),
 }
@@ -113,11 +113,12 @@ PRESETS = {
 
 # --------------------------------------------------------------------------------- process: times and noise
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # "scaled linear"
+ABAR = torch.cat([torch.ones(1, dtype=torch.float64), (1 - BETAS).cumprod(0)])  # by label, 0 .. 1000
 
 
 def alpha_sigma(t):
     """t (B,) int64 labels -> (B,) float64, (B,) float64; (1, 0) at t = 0."""
-    abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - BETAS).cumprod(0)]).to(t.device)[t]
+    abar = ABAR.to(t.device)[t]
     return abar.sqrt(), (1 - abar).sqrt()
 
 
@@ -140,7 +141,8 @@ def predict(net, z_t, t, y, cfg, w=1.0):
 
 
 def slope(teacher, z_t, t, y, cfg):
-    """dz/dt of the PF-ODE over t / 1000, beta(t) = 1000 betas[t - 1]; at 0 with the first beta and sigma."""
+    """dz/dt of the PF-ODE over t / 1000, beta(t) = 1000 betas[t - 1]; at 0 with the first beta and sigma.
+    # DEPARTS: and with label 1; the paper's code gives the network 0 there."""
     t = t.clamp(min=1)
     beta, (_, sigma) = 1000 * BETAS.to(t.device)[t - 1], alpha_sigma(t)
     _, eps = predict(teacher, z_t, t, y, cfg, cfg.w)
@@ -303,6 +305,9 @@ class SDXL(torch.nn.Module):
         return SDXL(self.cfg, self.data, self.unet).train()
 
     def forward(self, z_t, t, y):
+        if self.cfg.micro and len(z_t) > self.cfg.micro:  # sampling: no more at once than in training
+            parts = zip(*(v.split(self.cfg.micro) for v in (z_t, t, y)))
+            return torch.cat([self(*part) for part in parts])
         prompts, pooled = self.data.condition(y)
         size = torch.tensor([self.cfg.image_size, self.cfg.image_size, 0, 0] + [self.cfg.image_size] * 2)
         added = dict(text_embeds=pooled, time_ids=size.to(z_t).expand(len(z_t), 6))
@@ -389,7 +394,7 @@ def compare(cfg, paths):
         noise, y, gen = common.noise_and_labels(cfg, SimpleNamespace(**shape), 0, n, seed, device)
         start = torch.full((n,), 1000, device=device)
         return noise, y, gen, hop(teacher, noise / cfg.sigma_d, start, cfg.intervals, y, cfg)[0]
-    noise, y, gen, solved = solution(12345)
+    noise, y, _, solved = solution(12345)
     print(f"| {cfg.solver}, N = {cfg.intervals}, w = {cfg.w:g} | E | 1 step | 2 steps | 4 steps |")
     print("| --- " * 5 + "|")
     reference = None if cfg.pretrained else solution(54321)[3]
@@ -402,6 +407,7 @@ def compare(cfg, paths):
             net.load_state_dict(common.read_checkpoint(path)["ema"])
         else:
             net = common.load_net(path).to(device)
+        gen = solution(12345)[2]  # the same fresh noise for every student
         x = [sample(net, noise, y, nfe, cfg, gen) for nfe in (1, 2, 4)]
         print(f"| {Path(path).name} | {(x[0] - solved).square().mean().sqrt():.4f} | {quality(*x)} |")
     print(f"| solver, {cfg.intervals} steps | 0 | {quality(solved)} | | |")
@@ -415,10 +421,12 @@ def export(path):
 
 
 def draw(cfg):
-    """--sample with --prompt: the run's LoRA in diffusers' own pipeline with LCMScheduler."""
-    from diffusers import LCMScheduler, StableDiffusionXLPipeline
+    """--sample with --prompt: the run's LoRA in diffusers' own pipeline with LCMScheduler, whose labels are one
+    below those of training (999, 749, .. for 1000, 750, ..), as in every SDXL sampler."""
+    from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline
     half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
-    pipe = StableDiffusionXLPipeline.from_pretrained(cfg.pretrained, torch_dtype=half)
+    vae = dict(vae=AutoencoderKL.from_pretrained(cfg.vae, torch_dtype=half)) if cfg.vae else {}
+    pipe = StableDiffusionXLPipeline.from_pretrained(cfg.pretrained, torch_dtype=half, **vae)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=cfg.intervals)
     pipe.load_lora_weights(cfg.out, weight_name="pytorch_lora_weights.safetensors")
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -433,12 +441,16 @@ def draw(cfg):
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     words = ["--mode" if word == "--loss" else word for word in words]  # the paper's code calls it so
-    words = ["--dataset", "sdxl"] * ("--pretrained" in words) + words
+    words = ["--dataset", "sdxl"] * any(word.startswith("--pretrained") for word in words) + words
     cfg = common.parse_args(Config, PRESETS, LOSSES | {"both": None}, words)
     if 1000 % cfg.intervals:
         common.fail(f"--intervals must divide 1000, and {cfg.intervals} does not")
     if cfg.w != 1 and not cfg.conditional:
         common.fail("--w guides a class-conditional teacher: add --conditional, or leave --w at 1")
+    if cfg.nfe > cfg.intervals or cfg.intervals < 4 and not cfg.sample:
+        common.fail(f"--intervals {cfg.intervals} are too few: a sample takes at most one step for each")
+    if cfg.prompt and cfg.save.endswith(".npz"):
+        common.fail("--prompt writes pictures: --save takes a .png file")
     if cfg.hops and cfg.mode == "both":
         common.fail("--hops goes with one student: add --mode cm")
     if cfg.dataset == "sdxl" and not (cfg.pretrained and (cfg.data or cfg.sample)):
@@ -451,6 +463,8 @@ def main(argv=None):
         common.fail("the students distill a teacher: give --teacher RUN (or exact, for gmm)")
     else:  # the same seed, so the same weights, data, times and noise
         runs = {f"{cfg.out}/{mode}": mode for mode in LOSSES} if cfg.mode == "both" else {cfg.out: cfg.mode}
+        if len(runs) > 1 and not cfg.overwrite and any(Path(path, "ckpt.pt").exists() for path in runs):
+            common.fail(f"{cfg.out} holds students already: --overwrite both, or --resume one, --out {cfg.out}/cm")
         try:
             for path, mode in runs.items():
                 train(replace(cfg, mode=mode, out=path))

@@ -87,7 +87,7 @@ class Config:
     solver: Literal["addim", "ddim", "heun"] = "addim"  # teacher's; diffusion: sampler (heun: EDM's grid)
     xvar: float = 0.75  # aDDIM: Var[x | z_t] = this times (x* - x)^2; 0 = the analytic 0.1 / (2 + SNR)
     huber: float = 1e-4  # epsilon of the norm
-    teacher_guidance: float = 1.0  # classifier-free guidance of the teacher in cd; 1 = off
+    teacher_guidance: float = 1.0  # classifier-free guidance of the teacher in cd and pd; 1 = off
     noise_res: tuple = ()  # noise resolutions at t = 1, t = 0 and the image's; none = plain cosine
     pd_start: int = 64  # pd: steps of the first student, which are halved down to student_steps
     figure: bool = False  # train 1, 2 and 4 steps on two modes in 1-D, and draw their paths
@@ -112,7 +112,8 @@ PRESETS = {
                        noise_res=(32, 64, 64), save_every=2500),
     ("imagenet64", "L"): dict(channels=320, dropout=0.1),
     ("imagenet64", "diffusion"): dict(lr=1e-2, lr_warmup=5000, lr_ref=35_000, steps=500_000),
-    # cd small 8.5 / 3.1 / 2.4 / 2.1 / 2.0 with guidance, L 7.0 / 3.1 / 2.3 / 2.1 / 2.0
+    # cd small 8.5 / 3.1 / 2.4 / 2.1 / 2.0 with guidance, L 7.0 / 3.1 / 2.3 / 2.1 / 2.0. # DEPARTS: U-Net as
+    # above, and no multiscale loss
     "imagenet128": dict(image_size=128, conditional=True, batch=2048, steps=200_000, lr=1e-4, channels=128,
                         channel_mult=(1, 2, 3, 4, 4), blocks=3, attention=(16, 8), dropout=0.1, c_noise="log",
                         noise_res=(32, 128, 128), save_every=2500),
@@ -247,7 +248,8 @@ def halvings(step, cfg):
 
 
 def pd(net, target, teacher, x0, y, step, cfg, gen):
-    """One step of the student is two of the target: first the teacher with aDDIM, then the last student."""
+    """One step of the student is two of the target: first the teacher with aDDIM, then the last student.
+    # DEPARTS: lr and Adam go on through the stages; one variance formula for both of the teacher's half steps."""
     n = cfg.pd_start // 2 ** halvings(step, cfg)
     i = 1 + gen.index(n).double()
     t, mid, s = i / n, (i - 0.5) / n, (i - 1) / n
@@ -297,7 +299,7 @@ def train(cfg):
     net = common.network(cfg, data, **options)  # <- method
     common.load_init(net, cfg, data)
     net.to(run.device)
-    target = copy.deepcopy(net) if cfg.mode == "pd" else net  # <- method: the last student, or the live net
+    target = copy.deepcopy(net).eval().requires_grad_(False) if cfg.mode == "pd" else net  # <- method
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = common.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
@@ -336,17 +338,17 @@ def train(cfg):
         if done % cfg.sample_every == 0 or done == cfg.steps:
             nfes = (cfg.student_steps,)  # <- method
             common.report(cfg, run, done, sample, ema, data, teacher, nfes)  # <- method
-            if cfg.teacher == "exact" and cfg.mode != "diffusion":  # <- method
+            if cfg.teacher == "exact" and cfg.mode != "diffusion" and common.RANK == 0:  # <- method
                 compare(cfg, teacher)  # <- method
 
 
 # ---------------------------------------------------------------------------------------------------- main
 def compare(cfg, teacher):
     """Print the energy distance of the exact teacher's own samples at the student's number of evaluations."""
-    gen, nfe = common.Draw(12345, 0, 0, 5000), cfg.student_steps
+    gen, nfe = common.Draw(12345, 0, 0, 5000, teacher.mean.device), cfg.student_steps
     noise = cfg.sigma_d * gen.normal(*teacher.shape)
     y = gen.index(teacher.classes) if cfg.conditional else None
-    fresh, _ = teacher.batch(common.Draw(cfg.seed, 2**32, 0, 5000))
+    fresh, _ = teacher.batch(common.Draw(cfg.seed, 2**32, 0, 5000, teacher.mean.device))
     for solver in ("ddim", "addim", "heun") if nfe > 2 else ("ddim", "addim"):
         x = sample(teacher, noise, y, nfe, replace(cfg, mode="diffusion", solver=solver), gen)
         used = nfe if solver != "heun" else 2 * ((nfe + 1) // 2) - 1
@@ -373,18 +375,27 @@ def figure(cfg):
 
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
-    cfg = common.parse_args(Config, PRESETS, LOSSES, ["--dataset", "modes"] * ("--figure" in words) + words)
+    picture = any(word.startswith("--figure") for word in words)
+    cfg = common.parse_args(Config, PRESETS, LOSSES, ["--dataset", "modes"] * picture + words)
     if cfg.mode in ("cd", "pd") and not cfg.teacher:
         common.fail(f"--mode {cfg.mode} distills a teacher: give --teacher RUN (or exact, for gmm)")
-    if cfg.mode == "pd" and not math.log2(cfg.pd_start / cfg.student_steps).is_integer():
+    if cfg.sample or cfg.resume:
+        stored = common.read_checkpoint(cfg.out)["config"]
+        for name in ("student_steps", *["steps", "pd_start"] * (cfg.mode == "pd" and cfg.resume)):
+            if stored[name] != getattr(cfg, name):
+                common.fail(f"{cfg.out} was trained with --{name} {stored[name]}, which cannot change")
+    if cfg.figure and (cfg.dataset != "modes" or common.WORLD > 1):
+        common.fail("--figure is for --dataset modes and one process")
+    if cfg.mode == "pd" and not (cfg.pd_start / cfg.student_steps) in (2**i for i in range(20)):
         common.fail(f"--pd_start must be --student_steps {cfg.student_steps} times a power of 2")
     if cfg.teacher_guidance != 1 and not cfg.conditional:
         common.fail("--teacher_guidance needs --conditional, and a teacher trained with --label_dropout")
     if cfg.solver == "heun" and cfg.mode != "diffusion":
         common.fail("--solver heun is a sampler of --mode diffusion; a teacher takes addim or ddim steps")
-    if len(cfg.teacher_steps) != 2 or min(cfg.teacher_steps) < cfg.student_steps:
+    steps = cfg.teacher_steps
+    if len(steps) != 2 or not all(type(n) is int and n >= cfg.student_steps for n in steps):
         common.fail("--teacher_steps takes two numbers, such as 64,1280, neither below --student_steps")
-    if len(cfg.noise_res) not in (0, 3):
+    if len(cfg.noise_res) not in (0, 3) or not all(0 < r < math.inf for r in cfg.noise_res):
         common.fail("--noise_res takes three resolutions, such as 32,64,64, or none")
     if cfg.figure:
         figure(cfg)

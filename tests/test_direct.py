@@ -112,7 +112,7 @@ def test_sampling_labels():
 
 
 def test_both_students_share_their_draws(train, capsys):
-    """--mode both: two runs with the same first weights, and a table; the solver against itself has no error."""
+    """--mode both: two runs on the same draws, and a table; neither is overwritten, and each can be resumed."""
     words = ["--channels", "16", "--blocks", "1", "--batch", "64", "--intervals", "10", "--lr_cooldown", "0"]
     direct_cm.main([*words, "--loss", "both", "--steps", "2", "--out", "run"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
@@ -120,6 +120,11 @@ def test_both_students_share_their_draws(train, capsys):
     alone = train(*words, "--mode", "direct", "--steps", 2, "--out", "alone", script=direct_cm)
     ckpt = common.read_checkpoint("run/direct")
     assert all(torch.equal(alone["net"][k], ckpt["net"][k]) for k in alone["net"])
+    assert all(0 < float(line.split("|")[2]) < 9 for line in lines[2:4])
+    for flags, text in ((["--steps", "2"], "--overwrite"), (["--resume"], "run/direct")):
+        with pytest.raises(SystemExit):
+            direct_cm.main([*words, *flags, "--out", "run"])
+        assert text in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["cm", "direct"])
@@ -134,7 +139,7 @@ def test_modes_train_on_images(mode, train, folder):
 
 
 @pytest.mark.parametrize("words, text", [
-    (["--intervals", "300"], "1000"), (["--w", "9"], "--conditional"), (["--teacher", ""], "--teacher"),
+    (["--intervals", "300"], "1000"), (["--intervals", "2"], "too few"), (["--w", "9"], "--conditional"), (["--teacher", ""], "--teacher"),
     (["--loss", "other"], "both"), (["--hops", "-1"], "--hops"), (["--hops", "3"], "--hops")])
 def test_bad_input(words, text, capsys):
     with pytest.raises(SystemExit) as error:

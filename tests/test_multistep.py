@@ -213,16 +213,35 @@ def test_solvers_converge_to_the_ode(ring):
 TOY = ["--channels", 16, "--blocks", 1, "--batch", 64, "--lr_cooldown", 0]
 
 
-def test_pd_resumes_exactly(train):
-    """The last student is part of the checkpoint."""
-    words = [*TOY, "--mode", "pd", "--pd_start", 8, "--student_steps", 2]
-    whole = train(*words, "--steps", 9, "--out", "whole", script=mcm)
+def test_pd_resumes_exactly(train, folder, monkeypatch):
+    """The last student is part of the checkpoint: stopped in the third of three stages and resumed, with dropout."""
+    images = ["--dataset", "folder", "--data", folder, "--batch", 8]
+    train(*images, "--mode", "diffusion", "--channels", 8, "--attention", 4, "--steps", 1, "--out", "base", script=mcm)
+    words = [*images, "--teacher", "base", "--mode", "pd", "--pd_start", 8, "--student_steps", 2, "--steps", 9,
+             "--dropout", 0.3, "--save_every", 7]
+    whole = train(*words, "--out", "whole", script=mcm)
     assert any(not torch.equal(whole["net"][k], whole["target"][k]) for k in whole["net"])
+
+    def stop(*inputs):
+        if inputs[5] == 8:
+            raise KeyboardInterrupt
+        return mcm.pd(*inputs)
+    monkeypatch.setitem(mcm.LOSSES, "pd", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(*words, "--out", "parts", script=mcm)
+    assert common.read_checkpoint("parts")["step"] == 7
+    monkeypatch.setitem(mcm.LOSSES, "pd", mcm.pd)
+    parts = train("--resume", "--out", "parts", script=mcm)
+    assert all(torch.equal(whole[p][k], parts[p][k]) for p in ("net", "target", "ema") for k in whole[p])
+    with pytest.raises(SystemExit):  # another number of steps would have other stages
+        mcm.main(["--resume", "--out", "parts", "--steps", "20"])
+    with pytest.raises(SystemExit):
+        mcm.main(["--sample", "2", "--out", "parts", "--student_steps", "4", "--nfe", "4"])
+
+
+def test_only_pd_has_a_target_of_its_own(train):
     live = train(*TOY, "--steps", 2, "--out", "live", script=mcm)
     assert all(torch.equal(live["net"][k], live["target"][k]) for k in live["net"])
-    torch.save(whole, "copy.pt")
-    again = train(*words, "--steps", 9, "--out", "again", script=mcm)
-    assert all(torch.equal(whole[p][k], again[p][k]) for p in ("net", "target") for k in whole[p])
 
 
 @pytest.mark.parametrize("mode", list(mcm.LOSSES))
@@ -245,6 +264,8 @@ def test_figure(capsys):
 
 @pytest.mark.parametrize("words, text", [
     (["--teacher", ""], "teacher"), (["--mode", "pd", "--pd_start", "12"], "--pd_start"),
+    (["--mode", "pd", "--pd_start", "2"], "--pd_start"), (["--noise_res", "0,64,64"], "--noise_res"),
+    (["--teacher_steps", "64,inf"], "--teacher_steps"), (["--figure", "--dataset", "gmm"], "--figure"),
     (["--teacher_guidance", "2"], "--conditional"), (["--solver", "heun"], "heun"), (["--student_steps", "0"], "at least 1"),
     (["--teacher_steps", "64"], "--teacher_steps"), (["--noise_res", "32,64"], "--noise_res")])
 def test_bad_input(words, text, capsys):
