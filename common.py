@@ -361,7 +361,7 @@ def centre_crop(image, size):
 
 
 def read_captions(cfg):
-    """[(image path, caption)] of --data: metadata.jsonl or .csv (file_name, text), or a .txt for each image."""
+    """[(image path, caption)] of --data: metadata.jsonl or .csv (file_name, text), or .txt by image."""
     root = Path(cfg.data)
     try:
         if (root / "metadata.jsonl").exists():
@@ -370,12 +370,12 @@ def read_captions(cfg):
             rows = csv.DictReader((root / "metadata.csv").read_text(encoding="utf-8").splitlines())
         else:
             images = (p for p in root.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-            rows = (dict(file_name=p.relative_to(root), text=p.with_suffix(".txt").read_text(encoding="utf-8"))
-                    for p in sorted(images))
+            rows = (dict(file_name=path.relative_to(root), text=path.with_suffix(".txt").read_text("utf-8"))
+                    for path in sorted(images))
         pairs = [(root / row["file_name"], row["text"].strip()) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"--data {root}: every image needs a caption, in metadata.jsonl or metadata.csv (file_name, text), "
-             f"or in a .txt of its name ({error!r})")
+        fail(f"--data {root}: every image needs a caption, in metadata.jsonl or metadata.csv (file_name, "
+             f"text), or in a .txt of its name ({error!r})")
     return pairs or fail(f"--data {root}: no images with captions in it")
 
 

@@ -107,7 +107,8 @@ PRESETS = {
     "folder": dict(conditional=True, steps=500, batch=128, lr=2e-3, lr_cooldown=0.5, blocks=1),
     # E (mean square), FID of 1 step (DDIM): cm 0.29, 103.9; direct 0.25, 158.6. An EMA this short is none.
     "sdxl": dict(conditional=True, mode="cm", image_size=1024, steps=250, batch=16, micro=1, lr=1e-4, w=9.0,
-                 optimizer="adamw", beta2=0.999, clip=1.0, ema_sigma_rel=0.0, ema_halflife=1e-3, save_every=50),
+                 optimizer="adamw", beta2=0.999, clip=1.0, ema_sigma_rel=0.0, ema_halflife=1e-3,
+                 save_every=50),
 }
 
 
@@ -246,7 +247,7 @@ class Captions:
             self.vae = AutoencoderKL.from_pretrained(cfg.vae or cfg.pretrained, **part).to(device)
             pipe = StableDiffusionXLPipeline.from_pretrained(cfg.pretrained, unet=None, vae=None).to(device)
             assert pipe.text_encoder_2 is not None
-        except Exception as error:  # missing files, no network, another kind of pipeline: diffusers raises many
+        except Exception as error:  # missing files, no network, another kind of pipeline
             common.fail(f"--pretrained {cfg.pretrained} is not a readable SDXL pipeline ({error})")
         self.vae.requires_grad_(False)
         latents, prompts, pooled = [], [], []
@@ -254,7 +255,8 @@ class Captions:
             x = common.read_image(path, (3, size, size), crop=True).to(device)
             with torch.no_grad():
                 latents.append(self.vae.encode(x).latent_dist.mean.cpu() * self.vae.config.scaling_factor)
-                embedding, _, pool, _ = pipe.encode_prompt(caption, device=device, do_classifier_free_guidance=False)
+                embedding, _, pool, _ = pipe.encode_prompt(caption, device=device,
+                                                           do_classifier_free_guidance=False)
             prompts.append(embedding.cpu())
             pooled.append(pool.cpu())
         self.latents, self.prompts, self.pooled = torch.cat(latents), torch.cat(prompts), torch.cat(pooled)
@@ -267,8 +269,8 @@ class Captions:
 
     def condition(self, y):
         """Prompt embeddings (B, L, C) and pooled (B, P) for captions y; zeros for -1."""
-        rows, known = y.clamp(min=0).cpu(), (y >= 0).cpu()
-        return ((table[rows] * like(known.float(), table)).to(y.device) for table in (self.prompts, self.pooled))
+        rows, known, tables = y.clamp(min=0).cpu(), (y >= 0).float().cpu(), (self.prompts, self.pooled)
+        return ((table[rows] * like(known, table)).to(y.device) for table in tables)
 
     @torch.no_grad()
     def to_uint8(self, x):
@@ -281,7 +283,7 @@ LORA = ("to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,c
 
 
 class SDXL(torch.nn.Module):
-    """eps = net(z_t, t, y), the frozen U-Net of --pretrained: with its LoRA, the student, or without, the teacher,
+    """eps = net(z_t, t, y) of the frozen U-Net of --pretrained: the student with its LoRA, or the teacher without,
     which shares all but a flag. The weights that it saves are the LoRA's."""
 
     def __init__(self, cfg, data, unet=None):
@@ -292,7 +294,8 @@ class SDXL(torch.nn.Module):
         self.options = dict(shape=data.shape, classes=data.classes)
         self.half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
         if unet is None:
-            unet = UNet2DConditionModel.from_pretrained(cfg.pretrained, subfolder="unet", torch_dtype=self.half)
+            part = dict(subfolder="unet", torch_dtype=self.half)
+            unet = UNet2DConditionModel.from_pretrained(cfg.pretrained, **part)
             unet.requires_grad_(False).enable_gradient_checkpointing()
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(cfg.seed)
@@ -421,8 +424,8 @@ def export(path):
 
 
 def draw(cfg):
-    """--sample with --prompt: the run's LoRA in diffusers' own pipeline with LCMScheduler, whose labels are one
-    below those of training (999, 749, .. for 1000, 750, ..), as in every SDXL sampler."""
+    """--sample with --prompt: the run's LoRA in diffusers' own pipeline with LCMScheduler, whose labels are
+    one below those of training (999, 749, .. for 1000, 750, ..), as in every SDXL sampler."""
     from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline
     half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
     vae = dict(vae=AutoencoderKL.from_pretrained(cfg.vae, torch_dtype=half)) if cfg.vae else {}
@@ -430,8 +433,8 @@ def draw(cfg):
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=cfg.intervals)
     pipe.load_lora_weights(cfg.out, weight_name="pytorch_lora_weights.safetensors")
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    images = pipe([cfg.prompt] * cfg.sample, num_inference_steps=cfg.nfe, guidance_scale=0.0, output_type="pt",
-                  width=cfg.image_size, height=cfg.image_size,
+    images = pipe([cfg.prompt] * cfg.sample, num_inference_steps=cfg.nfe, guidance_scale=0.0,
+                  width=cfg.image_size, height=cfg.image_size, output_type="pt",
                   generator=torch.Generator().manual_seed(cfg.seed)).images
     path = cfg.save or f"{cfg.out}/samples.png"
     common.panels({f"{cfg.nfe} NFE": (images * 255).round().to(torch.uint8)}, path)
@@ -464,7 +467,7 @@ def main(argv=None):
     else:  # the same seed, so the same weights, data, times and noise
         runs = {f"{cfg.out}/{mode}": mode for mode in LOSSES} if cfg.mode == "both" else {cfg.out: cfg.mode}
         if len(runs) > 1 and not cfg.overwrite and any(Path(path, "ckpt.pt").exists() for path in runs):
-            common.fail(f"{cfg.out} holds students already: --overwrite both, or --resume one, --out {cfg.out}/cm")
+            common.fail(f"{cfg.out} holds students already: --overwrite both, or --resume --out {cfg.out}/cm")
         try:
             for path, mode in runs.items():
                 train(replace(cfg, mode=mode, out=path))
@@ -473,7 +476,7 @@ def main(argv=None):
             if common.RANK == 0:
                 compare(cfg, list(runs))
         except torch.OutOfMemoryError:
-            common.fail("not enough GPU memory: lower --micro, --image_size or --lora_rank, or use --dtype fp16")
+            common.fail("not enough GPU memory: lower --micro or --image_size, or use --dtype fp16")
 
 
 if __name__ == "__main__":

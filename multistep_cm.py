@@ -249,7 +249,7 @@ def halvings(step, cfg):
 
 def pd(net, target, teacher, x0, y, step, cfg, gen):
     """One step of the student is two of the target: first the teacher with aDDIM, then the last student.
-    # DEPARTS: lr and Adam go on through the stages; one variance formula for both of the teacher's half steps."""
+    # DEPARTS: lr and Adam go on through the stages; one variance formula for both teacher steps."""
     n = cfg.pd_start // 2 ** halvings(step, cfg)
     i = 1 + gen.index(n).double()
     t, mid, s = i / n, (i - 0.5) / n, (i - 1) / n
