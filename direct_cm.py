@@ -283,8 +283,8 @@ LORA = ("to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,c
 
 
 class SDXL(torch.nn.Module):
-    """eps = net(z_t, t, y) of the frozen U-Net of --pretrained: the student with its LoRA, or the teacher without,
-    which shares all but a flag. The weights that it saves are the LoRA's."""
+    """eps = net(z_t, t, y) of the frozen U-Net of --pretrained: the student with its LoRA, or the teacher
+    without, which shares all but a flag. The weights that it saves are the LoRA's."""
 
     def __init__(self, cfg, data, unet=None):
         super().__init__()
