@@ -70,8 +70,8 @@ AT_LEAST_1 = ("steps", "batch", "nfe", "log_every", "save_every", "sample_every"
 
 
 def parse_args(Config, presets, modes, argv=None):
-    """Command line -> Config. Later wins: defaults, presets[dataset], presets[dataset, mode] and
-    [dataset, size], the network of --init or --teacher, the stored run (--resume, --sample), flags. Ends the
+    """Command line -> Config. Later wins: defaults, presets[dataset], presets[dataset, size] and
+    [dataset, mode], the network of --init or --teacher, the stored run (--resume, --sample), flags. Ends the
     program on anything unknown."""
     fields = {f.name: f for f in dataclasses.fields(Config)}
     comment = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
@@ -104,7 +104,7 @@ def parse_args(Config, presets, modes, argv=None):
                         ("size", ["", *sizes])):
         if choice[name] not in valid:
             fail(f"unknown {name} {choice[name]!r}; the {name}s are {', '.join(valid) or 'the default'}")
-    named = [presets.get((choice["dataset"], part), {}) for part in (choice["mode"], choice["size"])]
+    named = [presets.get((choice["dataset"], part), {}) for part in (choice["size"], choice["mode"])]
     values = presets[choice["dataset"]] | named[0] | named[1]
     source = init_path(values | flags)
     if source and not stored:

@@ -14,7 +14,7 @@ loss              (||f(x_t, t) - f^-(x_s, s)||^2 + c^2)^(1/2) / (t - s + delta) 
 f^- is the live network under stop-gradient. The paper's r is s here, and its s is edge.
 Differs from cm.py by: 1) a pair of times that closes in while t stays free, without a grid; 2) the averaged
 target; 3) segments, sampled without noise; 4) guidance by the average at half of training (Eq. 18).
-The paper leaves q, d, delta and the edges open; choices of ours are tagged below.
+The paper gives no q, d, delta and no edges: those below are ours.
 
     python sct.py                                               toy: 8 Gaussians, no teacher, sct
     python sct.py --dataset folder --data PATH --image_size 16 --init out/teacher --out out/sct
@@ -88,7 +88,7 @@ class Config:
     stage: int = 1  # exponent of q in the first stage: 1 as in ECT's code; 0 (Eq. 15): starts as diffusion
     k: float = 8.0  # n(t) = 1 + k sigmoid(-b t)
     b: float = 1.0  # see k
-    c: float = 1e-8  # in the distance; only keeps its gradient finite at 0
+    c: float = 1e-8  # width of the pseudo-Huber distance; this small, the plain norm with a finite gradient
     delta: float = 1e-4  # in the weight 1 / (t - s + delta); 0 = ECT's
     weighting: Literal["gap", "snr"] = "gap"  # 1 / (t - s + delta), or 1 / t^2 + 1 / sigma_d^2
     reference: Literal["batch", "dataset"] = "batch"  # sct: x_i are the global batch, or the training set
@@ -120,13 +120,14 @@ PRESETS = {
     ("cifar10", "ect"): dict(q=2.0, d=25_000, delta=0.0),
     ("cifar10", "diffusion"): dict(lr=1e-2, lr_warmup=20_000, lr_ref=35_000, steps=400_000, optimizer="adam",
                                    batch=512, beta2=0.99, dropout=0.13, P_mean=-1.2, P_std=1.2),
-    # ect S 5.51 / 3.18, M 3.67 / 2.35; sct S 5.10 / 3.05, M 3.30 / 2.13; --batch 1024: sct M 2.42 / 1.55
+    # ect S 5.51 / 3.18, M 3.67 / 2.35; sct S 5.10 / 3.05, M 3.30 / 2.13; --batch 1024: sct M 2.42 / 1.55.
+    # The paper does not say its reference set here: a batch of 128 has hardly two images of one class.
     "imagenet64": dict(image_size=64, conditional=True, batch=128, steps=100_000, lr=1e-3, lr_ref=2000,
                        channels=192, channel_mult=(1, 2, 3, 4), blocks=3, attention=(16, 8), dropout=0.4,
                        emb="fourier", c_noise="log", double_norm=False, P_mean=-0.8, P_std=1.6, q=2.0,
-                       d=12_500, c=0.06, weighting="snr", sigmas=(80.0, 1.526), save_every=2500),
+                       d=12_500, c=0.06, sigmas=(80.0, 1.526), save_every=2500),
     ("imagenet64", "M"): dict(channels=256, lr=9e-4, dropout=0.5),
-    ("imagenet64", "ect"): dict(q=4.0, d=25_000),
+    ("imagenet64", "ect"): dict(q=4.0, d=25_000, weighting="snr"),
     ("imagenet64", "diffusion"): dict(batch=2048, lr=1e-2, lr_warmup=5000, lr_ref=35_000, dropout=0.1,
                                       label_dropout=0.1),
 }
@@ -139,15 +140,21 @@ def edges(cfg):
 
 
 def earlier(t, edge, step, cfg):
-    """s < t (Eq. 15, 17), closing in on t stage by stage."""
-    n = 1 + cfg.k * torch.sigmoid(-cfg.b * t)
-    return (1 - n / cfg.q ** (cfg.stage + step // cfg.d)).clamp(min=0) * (t - edge) + edge
+    """s < t (Eq. 15, 17), closing in on t stage by stage, to a factor of 2^-12 (float32 knows no much nearer s)."""
+    n, stage = 1 + cfg.k * torch.sigmoid(-cfg.b * t), min(cfg.stage + step // cfg.d, 12 / math.log2(cfg.q))
+    return (1 - n / cfg.q**stage).clamp(min=0) * (t - edge) + edge
+
+
+def lower_edge(t, cfg):
+    """The lower end of t's segment; t on an edge is of the lower one."""
+    lower = edges(cfg).to(t.device)
+    return lower[(lower < t[:, None]).sum(1) - 1]
 
 
 def times(gen, step, cfg):
-    """Noise levels t > s, and the lower edge of t's segment, (B,) float64; an edge is of the lower one."""
-    t, lower = (cfg.P_mean + cfg.P_std * gen.normal(dtype=torch.float64)).exp(), edges(cfg).to(gen.device)
-    edge = lower[(lower < t[:, None]).sum(1) - 1]
+    """Noise levels t > s, and the lower edge of t's segment, (B,) float64."""
+    t = (cfg.P_mean + cfg.P_std * gen.normal(dtype=torch.float64)).exp()
+    edge = lower_edge(t, cfg)
     return t, earlier(t, edge, step, cfg), edge
 
 
@@ -215,7 +222,8 @@ def consistency(net, target, x_t, t, x_star, s, edge, y, cfg, gen):
     gen.same_dropout()
     with torch.no_grad():
         goal = f(target, x_s, s, y, cfg, edge)  # s = edge: x_s itself
-    distance = ((prediction - goal).square().flatten(1).sum(1) + cfg.c**2).sqrt() - cfg.c
+    square = (prediction - goal).square().flatten(1).sum(1)
+    distance = square / ((square + cfg.c**2).sqrt() + cfg.c)  # = (square + c^2)^(1/2) - c, without cancellation
     weight = 1 / (t - s + cfg.delta) if cfg.weighting == "gap" else 1 / t**2 + 1 / cfg.sigma_d**2
     return (weight * distance).mean(), dict(gap=((t - s) / t).mean())
 
@@ -233,7 +241,7 @@ def sct(net, target, data, x0, y, step, cfg, gen):
     x_t = x0 + like(t, x0) * gen.normal(*x0.shape[1:])
     x_star, ours, single = stable_target(x_t, t, y, reference(data, step, cfg, x0.device))
     loss, info = consistency(net, target, x_t, t, x_star, s, edge, y, cfg, gen)
-    return loss, info | dict(variance=ours.sum() / single.sum())
+    return loss, info | dict(variance=(ours.sum() + 1e-12) / (single.sum() + 1e-12))
 
 
 LOSSES = {"diffusion": diffusion, "ect": ect, "sct": sct}
@@ -241,7 +249,8 @@ LOSSES = {"diffusion": diffusion, "ect": ect, "sct": sct}
 
 # ------------------------------------------------------------------------------------------------- sampler
 def guided(net, cfg):
-    """F* + w (F - F*), w = 1 + omega of Eq. 18: F* of the weaker self, or of no label. Doubles the calls."""
+    """F* + w (F - F*), w = 1 + omega of Eq. 18 (the paper's "strength 1.2" is read as w): F* of the weaker
+    self, or of no label. Doubles the network evaluations."""
     def F(x, t, y):
         if cfg.guide == "weak":
             star = net.weak[0].to(x.device)(x, t, y)
@@ -328,13 +337,20 @@ def train(cfg):
 # ---------------------------------------------------------------------------------------------------- main
 def main(argv=None):
     cfg = common.parse_args(Config, PRESETS, LOSSES, argv)
-    fresh = not (cfg.sample or cfg.resume or cfg.init or cfg.teacher)
+    if cfg.sample:
+        ckpt = common.read_checkpoint(cfg.out)
+        for name in ("mode", "phases", "conditional", "label_dropout"):
+            if ckpt["config"][name] != getattr(cfg, name):
+                common.fail(f"{cfg.out} was trained with --{name} {ckpt['config'][name]}, which cannot change")
+        if cfg.guidance != 1 and cfg.guide == "weak" and ckpt["step"] < cfg.steps // 2:
+            common.fail(f"{cfg.out} is at step {ckpt['step']}, before the half of its {cfg.steps} that guides")
+    fresh = not (cfg.sample or cfg.resume or cfg.init or common.init_path(vars(cfg)))
     if fresh and cfg.mode != "diffusion" and cfg.dataset != "gmm":
         common.fail(f"--mode {cfg.mode} tunes a diffusion model: give --init RUN, or none to start anew")
     if not cfg.sigmas or not all(a > b > 0 for a, b in zip((1e6, *cfg.sigmas), cfg.sigmas)):
         common.fail("--sigmas must be noise levels that fall, such as 80,0.821")
-    if cfg.q <= 1:
-        common.fail(f"--q must be above 1, not {cfg.q}: t - s shrinks by it")
+    if cfg.q <= 1 or cfg.c == 0:
+        common.fail("--q must be above 1, as t - s shrinks by it, and --c above 0")
     if cfg.guidance != 1 and cfg.guide == "label" and not (cfg.conditional and cfg.label_dropout):
         common.fail("--guide label needs a run with --conditional and --label_dropout")
     common.write_samples(cfg, sample) if cfg.sample else train(cfg)

@@ -127,6 +127,17 @@ def test_both_students_share_their_draws(train, capsys):
         assert text in capsys.readouterr().err
 
 
+def test_error_of_the_solver_itself_is_zero(train, monkeypatch, capsys):
+    """A student that solves the ODE has E = 0 in the table."""
+    train("--channels", 16, "--blocks", 1, "--batch", 64, "--steps", 1, "--mode", "cm", "--out", "run", script=direct_cm)
+    cfg = config(mode="cm", intervals=10, solver="heun")
+    ring = common.dataset(cfg)
+    monkeypatch.setattr(direct_cm, "f", lambda net, z, t, y, cfg: direct_cm.hop(ring, z, t, 10, y, cfg)[0])
+    direct_cm.compare(cfg, ["run"])
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| run "))
+    assert float(row.split("|")[2]) == 0
+
+
 @pytest.mark.parametrize("mode", ["cm", "direct"])
 def test_modes_train_on_images(mode, train, folder):
     import scm

@@ -88,6 +88,15 @@ def test_weights_vanish_outside_the_class():
     assert torch.equal(target(x, 0), target(moved, 0)) and not torch.allclose(target(x, -1), target(moved, -1))
 
 
+def test_alone_in_the_class():
+    """Anchors without company in their class: the target is x_0 itself, and the logged ratio is one."""
+    x, y = torch.randn(4, 2), torch.arange(4)
+    cfg = config(dataset="fixed", reference="batch")
+    net = common.build(dict(shape=(2,), classes=4, channels=16, blocks=1, head=False))
+    losses = [loss(net, net, Fixed(x, y), x, y, 3000, cfg, draw(4)) for loss in (sct.ect, sct.sct)]
+    assert losses[0][0].item() == pytest.approx(losses[1][0].item(), rel=1e-3) and losses[1][1]["variance"] == 1
+
+
 def test_one_element_reference_is_ect():
     """The same loss and gradient when the reference set is the anchor alone."""
     cfg, x0 = config(reference="batch", dataset="fixed"), torch.randn(1, 2)
@@ -144,8 +153,18 @@ def test_times_stay_in_their_segment():
     assert (edge <= s).all() and (s < t).all() and set(edge.tolist()) == set(sct.edges(cfg).tolist())
     upper = torch.cat([sct.edges(cfg)[1:], full(1, math.inf)])
     assert (t <= upper[torch.searchsorted(sct.edges(cfg), edge)]).all()
-    on_edge = sct.edges(cfg)[2]                                             # belongs to the lower segment
-    assert (sct.edges(cfg) < on_edge).sum() - 1 == 1
+    assert torch.equal(sct.lower_edge(sct.edges(cfg)[1:], cfg), sct.edges(cfg)[:-1])  # an edge is of the lower one
+
+
+def test_pairs_never_close():
+    """Eq. 17 by hand; and however long the run, s stays below t, in float32 too."""
+    cfg = config(q=2.0, d=10, stage=1, k=8.0, b=1.0)
+    n = 1 + 8 / (1 + math.exp(3.0))
+    assert sct.earlier(full(1, 3.0), full(1, 1.0), 20, cfg).item() == pytest.approx((1 - n / 8) * 2 + 1)
+    for preset in sct.PRESETS.values():
+        cfg, t = sct.Config(**preset), full(1, 0.5)
+        for step in (10 * cfg.steps, 10**9):
+            assert sct.earlier(t, 0 * t, step, cfg).float() < t.float() * (1 - 1e-4)
 
 
 def test_s_at_the_edge_is_the_point_itself(nets):
@@ -166,15 +185,14 @@ def test_exact_ode_has_no_loss(phases):
     """With the ideal target, the exact f of every segment has a loss of the Euler step's size only."""
     cfg, losses = config(phases=phases, c=0.0, weighting="snr"), []
     exact = Gaussian(cfg)
-    for step in (9000, 9000 + 4 * cfg.d):
+    for step in (15 * cfg.d, 19 * cfg.d):
         t, s, edge = sct.times(draw(512), step, cfg)
         x_t = (exact.s**2 + t**2).sqrt()[:, None] * torch.randn(512, 1, generator=torch.Generator().manual_seed(0))
         ideal = x_t * (exact.s**2 / (exact.s**2 + t**2))[:, None]
         x_s = x_t + ((s - t) / t)[:, None] * (x_t - ideal)
         distance = (sct.f(exact, x_t, t, None, cfg, edge) - sct.f(exact, x_s, s, None, cfg, edge)).abs().mean().item()
         losses.append(distance)
-        assert sct.consistency(exact, exact, x_t, t, ideal, s, edge, None, cfg, draw(512))[0].isfinite()
-    assert losses[1] == pytest.approx(losses[0] / cfg.q**8, rel=0.1) and losses[1] < 1e-4  # second order in the gap
+    assert losses[1] == pytest.approx(losses[0] / cfg.q**8, rel=0.1) and losses[1] < 1e-3  # second order in the gap
 
 
 @pytest.mark.parametrize("phases", [2, 4])
@@ -232,6 +250,9 @@ def test_past_self_is_the_average_at_half(train):
     for path in images:
         sct.main(["--sample", "8", "--out", "whole", "--guidance", path.stem, "--save", str(path)])
     assert not np.array_equal(*(np.load(path)["arr_0"] for path in images))
+    for flags in (["--phases", "4", "--nfe", "4"], ["--conditional", "--label_dropout", "0.1"]):
+        with pytest.raises(SystemExit):  # what the run was trained with cannot change
+            sct.main(["--sample", "8", "--out", "whole", *flags])
 
 
 def test_resume_is_exact(train):
@@ -262,7 +283,8 @@ def test_modes_train_on_images(words, train, folder):
 @pytest.mark.parametrize("words, text", [
     (["--dataset", "folder", "--data", "nowhere"], "--init"), (["--q", "1"], "--q"), (["--sigmas", "1,80"], "--sigmas"),
     (["--guidance", "1.2", "--guide", "label"], "--label_dropout"), (["--phases", "0"], "at least 1"),
-    (["--size", "XL"], "size"), (["--reference", "all"], "batch")])
+    (["--size", "XL"], "size"), (["--c", "0"], "--c"),
+    (["--dataset", "shapes", "--teacher", "exact"], "--init"), (["--reference", "all"], "batch")])
 def test_bad_input(words, text, capsys):
     with pytest.raises(SystemExit) as error:
         sct.main([*words, "--steps", "1"])

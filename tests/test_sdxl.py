@@ -91,6 +91,27 @@ def test_both_losses_train_and_diffusers_reads_the_adapters(words, pipeline):
     assert Image.open("run/cm/samples.png").size[0] > 30
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_only_the_adapters_learn(words, dtype):
+    """One step on the shared U-Net: gradients for LoRA alone, in float32; the teacher's eps stays, the student's moves."""
+    cfg = config(words, "--dtype", dtype)
+    data = direct_cm.Captions(cfg, "cpu")
+    teacher = direct_cm.SDXL(cfg, data)
+    student, gen = teacher.student(), common.Draw(0, 0, 0, 2)
+    z, t, y = torch.randn(2, *data.shape), torch.tensor([800, 300]), torch.tensor([1, 2])
+    with torch.no_grad():
+        before = teacher(z, t, y), student(z, t, y)
+    x0, y0 = data.batch(gen)
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.1)
+    direct_cm.cm(student, student, teacher, x0, y0, 0, cfg, gen)[0].backward()
+    learn = {name for name, p in student.named_parameters() if p.grad is not None}
+    assert learn == {name for name, p in student.named_parameters() if "lora_" in name}
+    assert all(p.dtype == torch.float32 for name, p in student.named_parameters() if name in learn)
+    optimizer.step()
+    with torch.no_grad():
+        assert torch.equal(teacher(z, t, y), before[0]) and not torch.allclose(student(z, t, y), before[1], atol=1e-3)
+
+
 def test_unconditional_branch_is_zeros(words):
     """y = -1: zero prompt and pooled embeddings; the others are the pipeline's own of the caption."""
     cfg = config(words)
