@@ -23,6 +23,7 @@ on the same draws (--mode both), and the paper's table of E beside sample qualit
     python direct_cm.py --sample 4 --prompt "a red fox in the snow" --nfe 4 --out out/sdxl
 
 With --pretrained the network is SDXL's with LoRA, the teacher the same without, x_0 a latent, y a caption.
+SD 1.5 works as well, with --image_size 512.
 """
 # ------------------------------------------------------------------------------------------------- imports
 import copy
@@ -240,25 +241,25 @@ class Captions:
     Computed once. # DEPARTS: the latents are the posterior's means, not samples drawn anew each time."""
 
     def __init__(self, cfg, device):
-        from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+        from diffusers import AutoencoderKL, DiffusionPipeline
         pairs, size = common.read_captions(cfg), cfg.image_size
         part = dict(subfolder="vae") if not cfg.vae else {}
         try:
             self.vae = AutoencoderKL.from_pretrained(cfg.vae or cfg.pretrained, **part).to(device)
-            pipe = StableDiffusionXLPipeline.from_pretrained(cfg.pretrained, unet=None, vae=None).to(device)
-            assert pipe.text_encoder_2 is not None
+            pipe = DiffusionPipeline.from_pretrained(cfg.pretrained, unet=None, vae=None).to(device)
+            assert type(pipe).__name__ in ("StableDiffusionXLPipeline", "StableDiffusionPipeline"), type(pipe)
         except Exception as error:  # missing files, no network, another kind of pipeline
-            common.fail(f"--pretrained {cfg.pretrained} is not a readable SDXL pipeline ({error})")
+            common.fail(f"--pretrained {cfg.pretrained} is not a readable SDXL pipeline, nor SD 1.5 ({error})")
         self.vae.requires_grad_(False)
         latents, prompts, pooled = [], [], []
         for path, caption in common.tqdm(pairs, desc="encode", leave=False, disable=None):
             x = common.read_image(path, (3, size, size), crop=True).to(device)
             with torch.no_grad():
                 latents.append(self.vae.encode(x).latent_dist.mean.cpu() * self.vae.config.scaling_factor)
-                embedding, _, pool, _ = pipe.encode_prompt(caption, device=device,
-                                                           do_classifier_free_guidance=False)
+                embedding, _, *more = pipe.encode_prompt(caption, device=device, num_images_per_prompt=1,
+                                                         do_classifier_free_guidance=False)
             prompts.append(embedding.cpu())
-            pooled.append(pool.cpu())
+            pooled.append(more[0].cpu() if more else torch.zeros(1, 0))  # SD 1.5 has none
         self.latents, self.prompts, self.pooled = torch.cat(latents), torch.cat(prompts), torch.cat(pooled)
         self.shape, self.classes, self.cfg = tuple(self.latents.shape[1:]), len(pairs), cfg
 
@@ -313,7 +314,7 @@ class SDXL(torch.nn.Module):
             return torch.cat([self(*part) for part in parts])
         prompts, pooled = self.data.condition(y)
         size = torch.tensor([self.cfg.image_size, self.cfg.image_size, 0, 0] + [self.cfg.image_size] * 2)
-        added = dict(text_embeds=pooled, time_ids=size.to(z_t).expand(len(z_t), 6))
+        added = dict(text_embeds=pooled, time_ids=size.to(z_t).expand(len(z_t), 6)) if pooled.numel() else None
         self.unet.enable_adapters() if self.adapted else self.unet.disable_adapters()
         with torch.autocast(z_t.device.type, self.half, enabled=self.half != torch.float32):
             eps = self.unet(z_t, t, prompts, added_cond_kwargs=added).sample
@@ -426,10 +427,10 @@ def export(path):
 def draw(cfg):
     """--sample with --prompt: the run's LoRA in diffusers' own pipeline with LCMScheduler, whose labels are
     one below those of training (999, 749, .. for 1000, 750, ..), as in every SDXL sampler."""
-    from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler
     half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
     vae = dict(vae=AutoencoderKL.from_pretrained(cfg.vae, torch_dtype=half)) if cfg.vae else {}
-    pipe = StableDiffusionXLPipeline.from_pretrained(cfg.pretrained, torch_dtype=half, **vae)
+    pipe = DiffusionPipeline.from_pretrained(cfg.pretrained, torch_dtype=half, **vae)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=cfg.intervals)
     pipe.load_lora_weights(cfg.out, weight_name="pytorch_lora_weights.safetensors")
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")

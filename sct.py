@@ -140,7 +140,7 @@ def edges(cfg):
 
 
 def earlier(t, edge, step, cfg):
-    """s < t (Eq. 15, 17), closing in on t stage by stage, to a factor of 2^-12 (float32 knows no much nearer s)."""
+    """s < t (Eq. 15, 17), closing in on t stage by stage, 2^12 times at most: float32 must tell them apart."""
     n, stage = 1 + cfg.k * torch.sigmoid(-cfg.b * t), min(cfg.stage + step // cfg.d, 12 / math.log2(cfg.q))
     return (1 - n / cfg.q**stage).clamp(min=0) * (t - edge) + edge
 
@@ -223,7 +223,7 @@ def consistency(net, target, x_t, t, x_star, s, edge, y, cfg, gen):
     with torch.no_grad():
         goal = f(target, x_s, s, y, cfg, edge)  # s = edge: x_s itself
     square = (prediction - goal).square().flatten(1).sum(1)
-    distance = square / ((square + cfg.c**2).sqrt() + cfg.c)  # = (square + c^2)^(1/2) - c, without cancellation
+    distance = square / ((square + cfg.c**2).sqrt() + cfg.c)  # = (square + c^2)^(1/2) - c, but for rounding
     weight = 1 / (t - s + cfg.delta) if cfg.weighting == "gap" else 1 / t**2 + 1 / cfg.sigma_d**2
     return (weight * distance).mean(), dict(gap=((t - s) / t).mean())
 
@@ -341,9 +341,9 @@ def main(argv=None):
         ckpt = common.read_checkpoint(cfg.out)
         for name in ("mode", "phases", "conditional", "label_dropout"):
             if ckpt["config"][name] != getattr(cfg, name):
-                common.fail(f"{cfg.out} was trained with --{name} {ckpt['config'][name]}, which cannot change")
+                common.fail(f"{cfg.out} was trained with --{name} {ckpt['config'][name]}: that cannot change")
         if cfg.guidance != 1 and cfg.guide == "weak" and ckpt["step"] < cfg.steps // 2:
-            common.fail(f"{cfg.out} is at step {ckpt['step']}, before the half of its {cfg.steps} that guides")
+            common.fail(f"{cfg.out} has no average at half of training yet, which --guide weak needs")
     fresh = not (cfg.sample or cfg.resume or cfg.init or common.init_path(vars(cfg)))
     if fresh and cfg.mode != "diffusion" and cfg.dataset != "gmm":
         common.fail(f"--mode {cfg.mode} tunes a diffusion model: give --init RUN, or none to start anew")

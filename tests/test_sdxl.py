@@ -112,6 +112,19 @@ def test_only_the_adapters_learn(words, dtype):
         assert torch.equal(teacher(z, t, y), before[0]) and not torch.allclose(student(z, t, y), before[1], atol=1e-3)
 
 
+def test_stable_diffusion_15(pipeline, words, tmp_path):
+    """The same path on a pipeline with one text encoder and no pooled embeddings."""
+    parts = {name: model for name, model in diffusers.StableDiffusionXLPipeline.from_pretrained(pipeline).components.items()
+             if name in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, sample_size=8, norm_num_groups=8, cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    diffusers.StableDiffusionPipeline(unet=unet, safety_checker=None, feature_extractor=None, **parts).save_pretrained("sd15")
+    direct_cm.main([*words, "--pretrained", "sd15", "--mode", "cm", "--steps", "2", "--out", "run"])
+    direct_cm.main(["--sample", "2", "--prompt", "a disc", "--nfe", "2", "--out", "run"])
+    assert Image.open("run/samples.png").size[0] > 30
+
+
 def test_unconditional_branch_is_zeros(words):
     """y = -1: zero prompt and pooled embeddings; the others are the pipeline's own of the caption."""
     cfg = config(words)
