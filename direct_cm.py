@@ -249,7 +249,7 @@ class Captions:
             pipe = DiffusionPipeline.from_pretrained(cfg.pretrained, unet=None, vae=None).to(device)
             assert type(pipe).__name__ in ("StableDiffusionXLPipeline", "StableDiffusionPipeline"), type(pipe)
         except Exception as error:  # missing files, no network, another kind of pipeline
-            common.fail(f"--pretrained {cfg.pretrained} is not a readable SDXL pipeline, nor SD 1.5 ({error})")
+            common.fail(f"--pretrained {cfg.pretrained} is not a readable SDXL pipeline or SD 1.5 ({error})")
         self.vae.requires_grad_(False)
         latents, prompts, pooled = [], [], []
         for path, caption in common.tqdm(pairs, desc="encode", leave=False, disable=None):
@@ -314,7 +314,8 @@ class SDXL(torch.nn.Module):
             return torch.cat([self(*part) for part in parts])
         prompts, pooled = self.data.condition(y)
         size = torch.tensor([self.cfg.image_size, self.cfg.image_size, 0, 0] + [self.cfg.image_size] * 2)
-        added = dict(text_embeds=pooled, time_ids=size.to(z_t).expand(len(z_t), 6)) if pooled.numel() else None
+        added = dict(text_embeds=pooled, time_ids=size.to(z_t).expand(len(z_t), 6))
+        added = added if pooled.numel() else None  # SD 1.5 takes none
         self.unet.enable_adapters() if self.adapted else self.unet.disable_adapters()
         with torch.autocast(z_t.device.type, self.half, enabled=self.half != torch.float32):
             eps = self.unet(z_t, t, prompts, added_cond_kwargs=added).sample

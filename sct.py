@@ -140,7 +140,7 @@ def edges(cfg):
 
 
 def earlier(t, edge, step, cfg):
-    """s < t (Eq. 15, 17), closing in on t stage by stage, 2^12 times at most: float32 must tell them apart."""
+    """s < t (Eq. 15, 17), closing in on t stage by stage, 2^12 times at most: float32 must tell s from t."""
     n, stage = 1 + cfg.k * torch.sigmoid(-cfg.b * t), min(cfg.stage + step // cfg.d, 12 / math.log2(cfg.q))
     return (1 - n / cfg.q**stage).clamp(min=0) * (t - edge) + edge
 
