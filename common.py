@@ -39,6 +39,7 @@ from torch import nn
 from tqdm import tqdm
 
 torch.backends.cudnn.allow_tf32 = False  # tangents and differences of neighbours need float32's digits
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)  # of --dtype
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
@@ -62,8 +63,7 @@ sys.excepthook = interrupted  # Ctrl-C ends in one line
 
 NET_FIELDS = ("image_size", "conditional", "channels", "channel_mult", "blocks", "attention", "emb",
               "emb_scale", "c_noise", "double_norm", "sigma_d")
-
-
+FIXED = ("dataset", "mode", "label_dropout", "phases", "student_steps", "pd_start", *NET_FIELDS)  # of a run
 ONE_CALL = ("resume", "overwrite", "sample", "nfe", "label", "save")  # flags that a run does not remember
 AT_LEAST_1 = ("steps", "batch", "nfe", "log_every", "save_every", "sample_every", "channels", "blocks",
               "intervals", "patch", "scales", "scales_start", "d", "phases", "student_steps", "pd_start")
@@ -98,6 +98,9 @@ def parse_args(Config, presets, modes, argv=None):
         if ckpt["script"] != script:
             fail(f"{flags['out']} was written by {ckpt['script']}.py: run that script with it")
         stored = {k: v for k, v in ckpt["config"].items() if k in fields and k not in ONE_CALL}
+        for name in FIXED:
+            if name in flags and flags[name] != stored.get(name, flags[name]):
+                fail(f"{flags['out']} was trained with --{name} {stored[name]}: that cannot change")
     choice = {name: (stored | flags).get(name, fields[name].default) for name in ("dataset", "mode", "size")}
     sizes = [k[1] for k in presets if k[0] == choice["dataset"] and k[1] not in modes]
     for name, valid in (("dataset", [d for d in presets if isinstance(d, str)]), ("mode", list(modes)),
@@ -655,7 +658,7 @@ class UNet(nn.Module):
                  dropout=0.0, sigma_d=0.5, emb="positional", emb_scale=1.0, c_noise="t", double_norm=True,
                  guidance=False, head=True, dtype="fp32"):
         super().__init__()
-        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        self.dtype = DTYPES[dtype] if dtype != "fp32" else None
         widths, dim = [channels * m for m in channel_mult], channels * max(channel_mult)
         self.cond = Conditioning(dim, channels, classes, sigma_d, emb, emb_scale, c_noise, guidance, head)
 

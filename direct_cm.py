@@ -293,7 +293,7 @@ class SDXL(torch.nn.Module):
         from peft import LoraConfig
         self.cfg, self.data, self.adapted = cfg, data, unet is not None
         self.options = dict(shape=data.shape, classes=data.classes)
-        self.half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
+        self.half = common.DTYPES[cfg.dtype]
         if unet is None:
             part = dict(subfolder="unet", torch_dtype=self.half)
             unet = UNet2DConditionModel.from_pretrained(cfg.pretrained, **part)
@@ -394,15 +394,17 @@ def compare(cfg, paths):
     data = Captions(cfg, device) if cfg.pretrained else common.dataset(cfg, device)
     teacher = (SDXL(cfg, data) if cfg.pretrained else common.load_teacher(cfg, data, device)).to(device)
     n = 16 if cfg.pretrained else 1000 if len(data.shape) > 1 else 5000
-    shape = dict(options=dict(shape=data.shape, classes=data.classes if cfg.conditional else 0))
-    def solution(seed):
-        noise, y, gen = common.noise_and_labels(cfg, SimpleNamespace(**shape), 0, n, seed, device)
-        start = torch.full((n,), 1000, device=device)
-        return noise, y, gen, hop(teacher, noise / cfg.sigma_d, start, cfg.intervals, y, cfg)[0]
-    noise, y, _, solved = solution(12345)
+    shape = SimpleNamespace(options=dict(shape=data.shape, classes=data.classes if cfg.conditional else 0))
+
+    def start(seed):  # noise, labels, and the numbers that follow
+        return common.noise_and_labels(cfg, shape, 0, n, seed, device)
+
+    def solve(noise, y, gen):
+        top = torch.full((n,), 1000, device=device)
+        return hop(teacher, noise / cfg.sigma_d, top, cfg.intervals, y, cfg)[0]
+    solved, reference = solve(*start(12345)), None if cfg.pretrained else solve(*start(54321))
     print(f"| {cfg.solver}, N = {cfg.intervals}, w = {cfg.w:g} | E | 1 step | 2 steps | 4 steps |")
     print("| --- " * 5 + "|")
-    reference = None if cfg.pretrained else solution(54321)[3]
 
     def quality(*samples):
         return " | ".join("" if cfg.pretrained else f"{common.distance(x, reference):.5f}" for x in samples)
@@ -412,7 +414,7 @@ def compare(cfg, paths):
             net.load_state_dict(common.read_checkpoint(path)["ema"])
         else:
             net = common.load_net(path).to(device)
-        gen = solution(12345)[2]  # the same fresh noise for every student
+        noise, y, gen = start(12345)  # the same for every student, and for the solver
         x = [sample(net, noise, y, nfe, cfg, gen) for nfe in (1, 2, 4)]
         print(f"| {Path(path).name} | {(x[0] - solved).square().mean().sqrt():.4f} | {quality(*x)} |")
     print(f"| solver, {cfg.intervals} steps | 0 | {quality(solved)} | | |")
@@ -429,7 +431,7 @@ def draw(cfg):
     """--sample with --prompt: the run's LoRA in diffusers' own pipeline with LCMScheduler, whose labels are
     one below those of training (999, 749, .. for 1000, 750, ..), as in every SDXL sampler."""
     from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler
-    half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
+    half = common.DTYPES[cfg.dtype]
     vae = dict(vae=AutoencoderKL.from_pretrained(cfg.vae, torch_dtype=half)) if cfg.vae else {}
     pipe = DiffusionPipeline.from_pretrained(cfg.pretrained, torch_dtype=half, **vae)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=cfg.intervals)

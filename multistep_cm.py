@@ -379,11 +379,8 @@ def main(argv=None):
     cfg = common.parse_args(Config, PRESETS, LOSSES, ["--dataset", "modes"] * picture + words)
     if cfg.mode in ("cd", "pd") and not cfg.teacher:
         common.fail(f"--mode {cfg.mode} distills a teacher: give --teacher RUN (or exact, for gmm)")
-    if cfg.sample or cfg.resume:
-        stored = common.read_checkpoint(cfg.out)["config"]
-        for name in ("student_steps", *["steps", "pd_start"] * (cfg.mode == "pd" and cfg.resume)):
-            if stored[name] != getattr(cfg, name):
-                common.fail(f"{cfg.out} was trained with --{name} {stored[name]}, which cannot change")
+    if cfg.mode == "pd" and cfg.resume and common.read_checkpoint(cfg.out)["config"]["steps"] != cfg.steps:
+        common.fail("the stages of pd depend on --steps: --resume cannot change it")
     if cfg.figure and (cfg.dataset != "modes" or common.WORLD > 1):
         common.fail("--figure is for --dataset modes and one process")
     if cfg.mode == "pd" and not (cfg.pd_start / cfg.student_steps) in (2**i for i in range(20)):

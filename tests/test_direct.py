@@ -1,4 +1,5 @@
 """direct_cm.py: SDXL's schedule, solvers, hops, and the boundary."""
+import diffusers
 import pytest
 import torch
 
@@ -21,7 +22,6 @@ def toy_net(seed=0, classes=0):
 
 def test_schedule_and_ddim_are_diffusers(ring):
     """alphas_cumprod and a DDIM step from label t are DDIMScheduler's from t - 1 (SDXL's settings)."""
-    diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                         clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
     alpha, sigma = direct_cm.alpha_sigma(torch.arange(1, 1001))

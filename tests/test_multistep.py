@@ -3,6 +3,7 @@ import json
 import math
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -35,7 +36,6 @@ def gradient(loss, net):
 
 def test_ddim_is_diffusers():
     """The same step as DDIMScheduler's, between levels of its schedule."""
-    diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(prediction_type="sample", clip_sample=False, set_alpha_to_one=True)
     scheduler.set_timesteps(20)
     x, z = torch.randn(4, 3, 8, 8).double(), torch.randn(4, 3, 8, 8).double()

@@ -4,17 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import common
 import direct_cm
 import scm
-
-diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
-pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")

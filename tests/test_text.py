@@ -10,7 +10,7 @@ import common
 
 ROOT = Path(common.__file__).parent
 SCRIPTS = [p for p in ("cm", "direct_cm", "multistep_cm", "sct", "scm") if (ROOT / f"{p}.py").exists()]
-BUDGET = dict(cm=418, multistep_cm=420, sct=360, scm=326, direct_cm=486, common=1145, eval=320)
+BUDGET = dict(cm=418, multistep_cm=420, sct=360, scm=326, direct_cm=487, common=1145, eval=320)
 BANNERS = ["imports", "Config", "PRESETS", "process: times and noise", "consistency function f", "loss", "sampler",
            "train", "main"]
 
