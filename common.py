@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import tarfile
@@ -353,6 +354,20 @@ def read_folder(cfg):
     return np.load(cache, mmap_mode="r"), np.array(labels)
 
 
+def download(url, path, md5=""):
+    """Rank 0 fetches url into path and checks it; the others wait."""
+    if RANK == 0:
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response:
+                blob = response.read()
+        except OSError as error:
+            fail(f"cannot download {url} ({error}): fetch it yourself and put it at {path}")
+        if md5 and hashlib.md5(blob).hexdigest() != md5:
+            fail(f"{url} arrived damaged (its MD5 is not {md5}): try again")
+        atomic_write(path, lambda file: file.write(blob))
+    barrier()
+
+
 def centre_crop(image, size):
     """ADM's crop: box-halve while at least twice too large, bicubic to the shorter side, cut the centre."""
     while min(image.size) >= 2 * size:
@@ -428,16 +443,8 @@ def read_cifar10(cfg):
     """CIFAR-10's official binary archive (--data, or downloaded and checked): the 50,000 training images."""
     url, md5 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
     path = Path(cfg.data or "data/cifar-10-binary.tar.gz")
-    if not cfg.data and not path.exists() and RANK == 0:
-        try:
-            with urllib.request.urlopen(url, timeout=60) as response:
-                blob = response.read()
-        except OSError as error:
-            fail(f"cannot download {url} ({error}): fetch it yourself and give it with --data FILE")
-        if hashlib.md5(blob).hexdigest() != md5:
-            fail(f"{url} arrived damaged (its MD5 is not {md5}): try again")
-        atomic_write(path, lambda file: file.write(blob))
-    barrier()
+    if not cfg.data and not path.exists():
+        download(url, path, md5)
     try:
         with tarfile.open(path) as archive:  # only read, never unpacked
             files = sorted(n for n in archive.getnames() if re.search(r"data_batch_\d\.bin$", n))
@@ -824,6 +831,48 @@ def read_checkpoint(path):
     return ckpt
 
 
+class Record:
+    """What read_pickle makes of a foreign class or function: it holds arguments and state, and does nothing."""
+
+    def __new__(cls, *args, **kw):
+        self = super().__new__(cls)
+        self.args, self.state = args, None
+        return self
+
+    def __init__(self, *args, **kw):
+        pass
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+def read_pickle(path):
+    """What a foreign pickle holds, without running anything of its own: plain containers, NumPy arrays and
+    tensors are loaded; whatever else it names, code included, becomes a Record."""
+    def storage(blob):  # of a tensor; torch's own function would unpickle it without limits
+        return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    known = {"collections.OrderedDict": dict, "dnnlib.util.EasyDict": dict,
+             "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes in protocol 2
+             "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype,
+             "numpy.multiarray._reconstruct": lambda kind, shape, code: np.ndarray(0, "b"),
+             "numpy.numeric._frombuffer": lambda raw, dtype, shape, order:
+                 np.frombuffer(raw, dtype).reshape(shape, order=order),
+             "numpy.multiarray.scalar": lambda dtype, raw: np.frombuffer(raw, dtype)[0],
+             "torch.storage._load_from_bytes": storage,
+             "torch._utils._rebuild_tensor_v2": lambda *args: torch._utils._rebuild_tensor_v2(*args[:4], False, {}),
+             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            full = f"{module}.{name}".replace("numpy.core.", "numpy.").replace("numpy._core.", "numpy.")
+            return known.get(full) or type(name, (Record,), {})
+    try:
+        with open(path, "rb") as file:
+            return Unpickler(file).load()
+    except Exception as error:  # whatever damage or malice brings about
+        fail(f"cannot read {path}: {type(error).__name__}: {str(error)[:100]}")
+
+
 def load_net(path, data=None):
     """EMA network of a run, frozen, in eval mode; ends the program if it does not fit the data."""
     ckpt = read_checkpoint(path)
@@ -1001,16 +1050,19 @@ class Run:
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k in ("loss", "mse", "variance")})
 
 
-def panels(columns, path):
-    """PNG of titled panels side by side: points (N, 2) as a density, images (N, 3, H, W) uint8 as a grid."""
-    pictures = [density(value) if value.ndim == 2 else grid(value) for value in columns.values()]
+def panels(columns, path, across=0):
+    """PNG of titled panels, all side by side or `across` in a row: points (N, 2) as a density, images
+    (N, 3, H, W) uint8 as a grid, pictures of Pillow as they are."""
+    pictures = [v if isinstance(v, Image.Image) else density(v) if v.ndim == 2 else grid(v)
+                for v in columns.values()]
     width, height = (max(sizes) for sizes in zip(*(picture.size for picture in pictures)))
-    sheet = Image.new("RGB", (len(pictures) * (width + 8), height + 28), "white")
+    across = across or len(pictures)
+    sheet = Image.new("RGB", (across * (width + 8), -(-len(pictures) // across) * (height + 28)), "white")
     for i, (title, picture) in enumerate(zip(columns, pictures)):
-        left = i * (width + 8) + 4
-        sheet.paste(picture, (left, 24))
+        left, top = i % across * (width + 8) + 4, i // across * (height + 28)
+        sheet.paste(picture, (left, top + 24))
         pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-        pen.text((left + width / 2, 12), title, "black", font, anchor="mm")
+        pen.text((left + width / 2, top + 12), title, "black", font, anchor="mm")
     atomic_write(path, lambda file: sheet.save(file, "PNG"))
 
 
@@ -1025,10 +1077,10 @@ def density(points, size=240, half=1.0):
     return Image.fromarray(shade.astype(np.uint8)).resize((size, size), Image.NEAREST)
 
 
-def grid(images):
-    """uint8 (N, 3, H, W) -> one near-square picture; small images are enlarged."""
+def grid(images, columns=0):
+    """uint8 (N, 3, H, W) -> one picture, near-square or of so many columns; small images are enlarged."""
     n, c, h, w = images.shape
-    columns = math.ceil(math.sqrt(n))
+    columns = columns or math.ceil(math.sqrt(n))
     sheet = np.full((-(-n // columns) * h, columns * w, c), 255, np.uint8)
     for i, image in enumerate(images.cpu().numpy()):
         top, left = i // columns * h, i % columns * w
@@ -1039,8 +1091,10 @@ def grid(images):
 
 def energy_distance(a, b):
     """2 E|A - B| - E|A - A'| - E|B - B'| of points (N, d) over all pairs: the V-statistic, never negative."""
+    def mean(a, b):  # a thousand rows at a time: memory grows with N, not with its square
+        return sum(torch.cdist(rows, b).sum() for rows in a.split(1000)) / (len(a) * len(b))
     a, b = a.double().cpu(), b.double().cpu()
-    return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
+    return float(2 * mean(a, b) - mean(a, a) - mean(b, b))
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -1113,9 +1167,16 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
     print(f"{step} steps, {metrics['seconds']:.0f} s; wrote {run.out}/samples-{step:06d}.png")
 
 
+def write_npz(path, x, labels):
+    """ADM's .npz: arr_0 points (N, D) or uint8 (N, H, W, 3), arr_1 labels (N,) if there are any."""
+    labels = {} if labels is None else dict(arr_1=labels.cpu().numpy())
+    array = x.numpy() if x.ndim == 2 else x.permute(0, 2, 3, 1).numpy()
+    atomic_write(path, lambda file: np.savez(file, arr_0=array, **labels))
+
+
 @torch.no_grad()
 def write_samples(cfg, sample):
-    """--sample N --nfe K: a grid (.png), or ADM's .npz (arr_0 uint8 NHWC or float points, arr_1 labels)."""
+    """--sample N --nfe K: a grid (.png), or ADM's .npz."""
     if RANK:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -1138,7 +1199,5 @@ def write_samples(cfg, sample):
     if path.suffix == ".png":
         panels({f"{cfg.sample} samples, {cfg.nfe} NFE": values}, path)
     else:
-        labels = dict(arr_1=torch.cat(labels).cpu().numpy()) if classes else {}
-        arrays = values.numpy() if toy else values.permute(0, 2, 3, 1).numpy()
-        atomic_write(path, lambda file: np.savez(file, arr_0=arrays, **labels))
+        write_npz(path, values, torch.cat(labels) if classes else None)
     print(f"wrote {path}")

@@ -427,9 +427,10 @@ def export(path):
     print(f"wrote {path}/pytorch_lora_weights.safetensors")
 
 
-def draw(cfg):
-    """--sample with --prompt: the run's LoRA in diffusers' own pipeline with LCMScheduler, whose labels are
-    one below those of training (999, 749, .. for 1000, 750, ..), as in every SDXL sampler."""
+def painter(cfg, prompts):
+    """draw(nfe, lo, hi) -> uint8 images (n, 3, H, W) of the prompts lo..hi: the run's LoRA in diffusers' own
+    pipeline with LCMScheduler, whose labels are one below those of training (999, 749, .. for 1000, 750, ..),
+    as in every SDXL sampler. Each prompt has a seed of its own."""
     from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler
     half = common.DTYPES[cfg.dtype]
     vae = dict(vae=AutoencoderKL.from_pretrained(cfg.vae, torch_dtype=half)) if cfg.vae else {}
@@ -437,12 +438,13 @@ def draw(cfg):
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=cfg.intervals)
     pipe.load_lora_weights(cfg.out, weight_name="pytorch_lora_weights.safetensors")
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    images = pipe([cfg.prompt] * cfg.sample, num_inference_steps=cfg.nfe, guidance_scale=0.0,
-                  width=cfg.image_size, height=cfg.image_size, output_type="pt",
-                  generator=torch.Generator().manual_seed(cfg.seed)).images
-    path = cfg.save or f"{cfg.out}/samples.png"
-    common.panels({f"{cfg.nfe} NFE": (images * 255).round().to(torch.uint8)}, path)
-    print(f"wrote {path}")
+
+    def draw(nfe, lo, hi):
+        seeds = [torch.Generator().manual_seed(cfg.seed + i) for i in range(lo, hi)]
+        images = pipe(prompts[lo:hi], num_inference_steps=nfe, guidance_scale=0.0, width=cfg.image_size,
+                      height=cfg.image_size, output_type="pt", generator=seeds).images
+        return (images * 255).round().to(torch.uint8).cpu(), None, None
+    return draw
 
 
 def main(argv=None):
@@ -463,7 +465,10 @@ def main(argv=None):
     if cfg.dataset == "sdxl" and not (cfg.pretrained and (cfg.data or cfg.sample)):
         common.fail("--dataset sdxl needs --pretrained PATH_OR_HUB_ID and --data FOLDER")
     if cfg.sample and cfg.pretrained:
-        draw(cfg) if cfg.prompt else common.fail("--sample of an SDXL run needs --prompt TEXT")
+        prompts = [cfg.prompt or common.fail("--sample of an SDXL run needs --prompt TEXT")] * cfg.sample
+        images, path = painter(cfg, prompts)(cfg.nfe, 0, cfg.sample)[0], cfg.save or f"{cfg.out}/samples.png"
+        common.panels({f"{cfg.nfe} NFE": images}, path)
+        print(f"wrote {path}")
     elif cfg.sample:
         common.write_samples(cfg, sample)
     elif not cfg.teacher and not cfg.pretrained:

@@ -1,37 +1,153 @@
-"""Compare runs: python eval.py RUN [RUN ...] --nfe 1 2 4 [--reference PATH] [--features FILE] [--n 5000]
+"""Compare runs: python eval.py out/scm out/cm --nfe 1 2 4 [--features inception] [--samples 50000]
 
 Each run is sampled by the script that its checkpoint names, from its EMA weights and from the same noise for
-all runs, sample by sample, so that the batch does not change a figure. Prints a Markdown table and writes
-eval.json and eval.png into the first run's folder (--out for elsewhere).
+all runs. Sample i depends on i alone, so neither --batch nor the number of processes (torchrun) changes it. A
+.npz of samples in ADM's layout stands for a run, too, and --write writes one for each run and NFE, which
+guided-diffusion's evaluator and dgm-eval read. Prints a Markdown table; writes eval.json and eval.png.
 
-2-D: energy distance (V-statistic) to fresh data; ODE error E, the RMS per element between the samples and the
-exact PF-ODE solution from the same noise. Images: Frechet distance between n samples and all reference
-images, which falls with n as every FID does, in the features of a TorchScript module (uint8 NCHW in, features
-out), or of the pixels with --features pixels.
+    python eval.py --toy 3000           trains every mode of every script on the 2-D ring, and compares them
+
+2-D     energy_distance     V-statistic between n samples and n fresh points: biased, above 0 even for data
+        sliced_wasserstein  root mean square W_2 over 128 directions, n samples and n fresh points: biased
+        mode_shares         share of samples within 4 standard deviations of each mode
+        ode_error           RMS per element, samples against the exact PF-ODE solution from the same noise
+        exact_ode           the energy distance of that solution: the floor for energy_distance
+images  frechet_distance    n samples, all reference images, covariances over n - 1: biased, falls with n;
+                            the FID if --features inception and n = 50,000 (features resize to 299 themselves)
+        inception_score     exp E KL(p(y|x) || p(y)), mean of 10 splits: biased; needs class probabilities
+        kid                 MMD^2 with kernel (x.y / d + 1)^3, U-statistic: unbiased; at most 10,000 of each
+        precision, recall   k = 3 nearest neighbours; at most 10,000 samples and reference images
+text    clip_score          mean cosine of CLIP ViT-L/14's image and prompt, resized to 224 by its processor
+        aesthetic_score     mean of LAION's linear predictor on CLIP's normalized image features
 """
 import argparse
+import concurrent.futures
+import hashlib
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as tnf
 from tqdm import tqdm
 
 import common
+from common import RANK, WORLD, fail
 
-SCRIPTS = ("cm", "direct_cm", "multistep_cm", "sct", "scm")
+INCEPTION = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
+             "inception-2015-12-05.pt")
+AESTHETIC = ("https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+             "sac+logos+ava1-l14-linearMSE.pth")
+KEEP, SHOWN = 10_000, 16  # features that kid, precision and recall compare; images of a run in the picture
+TOY = dict(scm=("diffusion", "scd", "sct", "dscd"), cm=("cd", "ct", "ict", "ctcd", "ctct"),
+           sct=("ect", "sct"), multistep_cm=("cd", "ct", "pd"), direct_cm=("cm", "direct"))
 
 
+# ------------------------------------------------------------------------------------------------- samples
+def open_run(path, prompts, device):
+    """A run folder, checkpoint or .npz as (its columns of the table, cfg, draw(nfe, lo, hi) -> x, noise, y),
+    with x (B, D) or uint8 (B, 3, H, W); noise is None where the exact solution makes no sense."""
+    if str(path).endswith(".npz"):
+        x = read_npz(path).get("arr_0")
+        if x is None or x.ndim not in (2, 4) or x.ndim == 4 and (x.dtype != np.uint8 or x.shape[3] != 3):
+            fail(f"{path}: no samples, arr_0 of points or of uint8 (N, H, W, 3), in it")
+        x = torch.from_numpy(x if x.ndim == 2 else x.transpose(0, 3, 1, 2))
+        return dict(run=str(path), n=len(x)), None, lambda nfe, lo, hi: (x[lo:hi], None, None)
+    ckpt = common.read_checkpoint(path)
+    if ckpt["script"] not in TOY:
+        fail(f"{path} names an unknown script, {ckpt['script']!r}")
+    script = importlib.import_module(ckpt["script"])
+    known = script.Config.__dataclass_fields__
+    cfg = script.Config(**{k: v for k, v in ckpt["config"].items() if k in known})
+    columns = dict(run=str(path), method=ckpt["script"], mode=cfg.mode, samples_seen=ckpt["step"] * cfg.batch,
+                   seconds=round(ckpt["seconds"]))
+    if getattr(cfg, "pretrained", ""):
+        prompts = prompts or fail(f"{path} draws from text: give --prompts FILE")
+        return columns, cfg, script.painter(cfg, prompts)
+    net = common.load_net(path).to(device)
+
+    def draw(nfe, lo, hi):
+        noise, y, gen = common.noise_and_labels(cfg, net, lo, hi, 0, device)
+        x = script.sample(net, noise, y, nfe, cfg, gen).cpu()
+        return (x if x.ndim == 2 else common.Images.to_uint8(x)), noise.cpu(), None if y is None else y.cpu()
+    return columns, cfg, draw
+
+
+def rounds(n, batch, desc):
+    """(lo, hi) of the rows that this process takes, `batch` at a time; lo = hi where none is left."""
+    for lo in tqdm(range(0, n, batch * WORLD), desc=desc, leave=False, disable=None if RANK == 0 else True):
+        yield min(lo + RANK * batch, n), min(lo + (RANK + 1) * batch, n)
+
+
+def gather(*tensors):
+    """What the processes hold, row after row, on every process; None stays None."""
+    parts = [tensors] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, tensors)
+    return join(parts)
+
+
+def join(parts):
+    """[(a0, b0, ..), (a1, b1, ..)] -> [a0 and a1, b0 and b1, ..] one below the other, without the Nones."""
+    columns = [[part for part in column if part is not None] for column in zip(*parts)]
+    return [torch.cat(column) if column else None for column in columns]
+
+
+def read_npz(path):
+    """The arrays in an .npz; never unpickles."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # numpy and zipfile raise many kinds
+        fail(f"cannot read {path}: {error}")
+
+
+# ----------------------------------------------------------------------------------------- metrics in 2-D
+def sliced_wasserstein(a, b, directions=128):
+    """Root mean square over random directions of the 1-D Wasserstein-2 distance of points (N, d), equal N."""
+    theta = torch.randn(a.shape[1], directions, generator=torch.Generator().manual_seed(0)).double()
+    theta /= theta.norm(dim=0)
+    a, b = ((x.double() @ theta).sort(0).values for x in (a, b))
+    return float((a - b).square().mean().sqrt())
+
+
+def mode_shares(x, mixture):
+    """Share of points (N, D) that lie within 4 standard deviations of each mean, (K,)."""
+    distance, nearest = torch.cdist(x.double(), mixture.mean).min(1)
+    counts = torch.bincount(nearest[distance <= 4 * mixture.std], minlength=mixture.classes)
+    return (counts / len(x)).tolist()
+
+
+def points(x, noise, y, nfe, cfg):
+    """The metrics of points (n, D)."""
+    data = common.dataset(cfg)
+    fresh, _ = data.batch(common.Draw(0, 2**32, 0, len(x)))
+    row = dict(energy_distance=common.energy_distance(x, fresh), mode_shares=mode_shares(x, data),
+               sliced_wasserstein=sliced_wasserstein(x, fresh))
+    segments = getattr(cfg, "student_steps", 0) or getattr(cfg, "phases", 1) > 1
+    if nfe == 1 or cfg.mode == "diffusion" or segments:  # others add fresh noise: other samples, no error
+        exact = common.solve(data, noise.double(), common.ode_times(512, cfg.sigma_d), y, cfg.sigma_d)
+        row |= dict(ode_error=float((x.double() - exact).square().mean().sqrt()),
+                    exact_ode=common.energy_distance(exact, fresh))  # what no student is to beat
+    return row
+
+
+# ------------------------------------------------------------------------------------- metrics of images
 class Moments:
-    """Mean and covariance of features that arrive in batches, float64."""
+    """Mean and covariance, float64, of features that arrive in batches: memory is that of one covariance."""
 
     def __init__(self):
         self.n, self.sum, self.outer = 0, 0, 0
 
     def add(self, x):
         """x (B, d)."""
-        x = x.double().cpu()
+        x = x.double()
         self.n, self.sum, self.outer = self.n + len(x), self.sum + x.sum(0), self.outer + x.T @ x
 
     def mean_and_covariance(self):
@@ -40,99 +156,317 @@ class Moments:
         return mean.numpy(), ((self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)).numpy()
 
 
-def feature_network(name, device):
-    """uint8 (B, 3, H, W) -> features (B, d)."""
+def kid(a, b):
+    """Kernel inception distance (Binkowski et al. 2018) of features (N, d) and (M, d)."""
+    def total(x, y):
+        return sum(((rows @ y.T / y.shape[1] + 1) ** 3).sum() for rows in x.split(1000))
+
+    def own(x):  # without the diagonal
+        return (total(x, x) - ((x.square().mean(1) + 1) ** 3).sum()) / (len(x) * (len(x) - 1))
+    a, b = a.double(), b.double()
+    return float(own(a) + own(b) - 2 * total(a, b) / (len(a) * len(b)))
+
+
+def precision_recall(samples, real, k=3):
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, d) and (M, d): the share of
+    samples within reach of a real image, the distance to its k-th neighbour, and the other way round."""
+    def distances(x, y):
+        return (torch.cdist(rows.double(), y.double()) for rows in x.split(1000))
+
+    def covered(x, y):
+        reach = torch.cat([d.kthvalue(min(k + 1, len(y))).values for d in distances(y, y)])  # 1: itself
+        return sum((d <= reach).any(1).sum().item() for d in distances(x, y)) / len(x)
+    return dict(precision=covered(samples, real), recall=covered(real, samples))
+
+
+def inception_score(p, splits=10):
+    """exp of the mean KL divergence of class probabilities (N, K) from their mean (Salimans et al. 2016)."""
+    parts = p.double().clamp(min=1e-16).chunk(min(splits, len(p)))
+    return float(sum((q * (q / q.mean(0)).log()).sum(1).mean().exp() for q in parts) / len(parts))
+
+
+def feature_network(name, weights, device):
+    """--features as a function: uint8 (B, 3, H, W) -> features (B, d), class probabilities (B, K) or None."""
     if name == "pixels":
-        return lambda x: x.flatten(1).float() / 255
-    if not Path(name).exists():
-        common.fail(f"--features {name}: no such file; give a TorchScript module, or pixels")
+        return lambda x: (x.flatten(1).float() / 255, None)
+    if name == "dinov2":
+        from transformers import AutoModel
+        net = pretrained(AutoModel, weights or "facebook/dinov2-large", "--weights").to(device)
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1).to(device)
+
+        def dinov2(x):  # the class token after the last norm, of images resized to 224
+            x = tnf.interpolate(x.to(device) / 255, (224, 224), mode="bicubic", antialias=True)
+            return net((x - mean) / std).pooler_output.cpu(), None
+        return dinov2
+    path = Path(weights or "data/inception-2015-12-05.pt") if name == "inception" else Path(name)
+    if not path.exists() and name == "inception" and not weights:
+        common.download(INCEPTION, path)
+    if not path.exists():
+        fail(f"no feature network at {path}: give --features inception, dinov2, pixels or a TorchScript file")
     try:
-        return torch.jit.load(name, map_location=device).eval()
+        net = torch.jit.load(path, map_location=device).eval()
     except RuntimeError as error:
-        common.fail(f"--features {name} is no TorchScript module ({str(error).splitlines()[0][:80]})")
+        fail(f"{path} is no TorchScript module ({str(error).splitlines()[0][:80]})")
+
+    def script(x):
+        x = x.to(device)
+        if any(argument.name == "return_features" for argument in net.forward.schema.arguments):
+            return net(x, return_features=True).cpu(), net(x).cpu()  # NVIDIA's Inception-v3
+        return net(x).flatten(1).cpu(), None
+    return script
 
 
+def pretrained(kind, name, flag):
+    """A network of transformers, from the hub or a folder."""
+    try:
+        return kind.from_pretrained(name).eval()
+    except (OSError, ValueError) as error:
+        fail(f"cannot load {name} ({str(error).splitlines()[0][:80]}): download the folder "
+             f"https://huggingface.co/{name} and give it with {flag} PATH")
+
+
+def statistics(images, features, batch):
+    """Mean and covariance of the features of uint8 images (N, 3, H, W), and the features of KEEP of them."""
+    kept = np.zeros(len(images), bool)
+    kept[np.random.default_rng(0).permutation(len(images))[:KEEP]] = True
+    moments, some = Moments(), []
+    for lo, hi in rounds(len(images), batch, "reference"):
+        own = features(torch.from_numpy(np.array(images[lo:hi])))[0] if lo < hi else None
+        both = gather(own, torch.from_numpy(kept[lo:hi]) if lo < hi else None)
+        moments.add(both[0])
+        some.append(both[0][both[1]])
+    return *moments.mean_and_covariance(), torch.cat(some)
+
+
+def reference(args, cfg, features):
+    """Mean, covariance and some features of the reference images. --reference: EDM's .npz (mu, sigma) and
+    EDM2's .pkl (fid, fd_dinov2) hold moments alone; ADM's .npz holds images (arr_0) beside Inception's
+    moments; else class folders, a zip, or the run's own data, whose statistics are kept in data/cache."""
+    path, file = args.reference or "", {}
+    if path.endswith(".pkl"):
+        table, name = common.read_pickle(path), dict(inception="fid", dinov2="fd_dinov2").get(args.features)
+        if name not in table:
+            fail(f"--reference {path} holds {', '.join(map(str, table))}: not for --features {args.features}")
+        return table[name]["mu"], table[name]["sigma"], None
+    if path.endswith(".npz"):
+        file = read_npz(path)
+        if "mu" in file and "arr_0" not in file and args.features == "inception":
+            return file["mu"], file["sigma"], None
+        if "arr_0" not in file:
+            fail(f"--reference {path} holds no images, and moments are good for --features inception alone")
+        images = file["arr_0"].transpose(0, 3, 1, 2)
+    else:
+        if not path and not cfg:
+            fail("samples from a file need --reference: class folders, a zip, or a file of statistics")
+        own = vars(cfg) if cfg else dict(image_size=args.image_size, channel_mult=(1,), conditional=False)
+        other = dict(dataset="folder", data=path) if path else {}
+        images = common.dataset(SimpleNamespace(**own | other)).images
+    digest = hashlib.sha1(args.features.encode())
+    for part in range(0, len(images), 1000):
+        digest.update(np.ascontiguousarray(images[part:part + 1000]))
+    for name in (args.features, args.weights or ""):
+        digest.update(Path(name).read_bytes() if Path(name).is_file() else name.encode())
+    cache = Path("data/cache", f"features-{digest.hexdigest()[:16]}.npz")
+    if not cache.exists():
+        mu, sigma, some = statistics(images, features, args.batch)
+        if RANK == 0:
+            common.atomic_write(cache, lambda out: np.savez(out, mu=mu, sigma=sigma, features=some.numpy()))
+        common.barrier()
+    table = read_npz(cache)
+    moments = file if "mu" in file and args.features == "inception" else table
+    return moments["mu"], moments["sigma"], torch.from_numpy(table["features"])
+
+
+def pictures(moments, some, probabilities, ref):
+    """The metrics of images from the moments of their features, the first features, class probabilities."""
+    mu, sigma, real = ref
+    if len(mu) != some.shape[1]:
+        fail(f"--reference has {len(mu)} features an image, --features gives {some.shape[1]}")
+    row = dict(frechet_distance=common.frechet_distance(*moments.mean_and_covariance(), mu, sigma))
+    if real is not None:
+        row |= dict(kid=kid(some, real)) | precision_recall(some, real)
+    return row | (dict(inception_score=inception_score(probabilities)) if probabilities is not None else {})
+
+
+# ---------------------------------------------------------------------------------------- text to image
+def text_scores(args, device):
+    """A function: uint8 images (B, 3, H, W) and B prompts -> CLIP score and aesthetic score, (B, 2)."""
+    from transformers import CLIPModel, CLIPProcessor
+    clip = pretrained(CLIPModel, args.clip, "--clip").to(device)
+    processor = CLIPProcessor.from_pretrained(args.clip)
+    path = Path(args.aesthetic or "data/sac+logos+ava1-l14-linearMSE.pth")
+    if not path.exists():
+        common.download(AESTHETIC, path)
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in (0, 2, 4, 6, 7)]
+    except Exception as error:  # torch raises many kinds
+        fail(f"{path} is not LAION's aesthetic predictor, {AESTHETIC} ({type(error).__name__})")
+
+    def scores(x, prompts):
+        inputs = processor(text=prompts, images=list(x), return_tensors="pt", padding=True, truncation=True)
+        out = clip(**inputs.to(device))
+        h = out.image_embeds                      # (B, 768), like the text's of unit length
+        for weight, bias in layers:               # no nonlinearity between them
+            h = h @ weight.T + bias
+        return torch.stack([(out.image_embeds * out.text_embeds).sum(1), h[:, 0]], dim=1).cpu()
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------- main
 @torch.no_grad()
-def draw_samples(path, nfe, n, batch, device):
-    """n samples of a run, their initial noise and labels; sample i is the same for every n and batch."""
-    ckpt = common.read_checkpoint(path)
-    if ckpt["script"] not in SCRIPTS:
-        common.fail(f"{path} names an unknown script, {ckpt['script']!r}")
-    script = importlib.import_module(ckpt["script"])
-    known = script.Config.__dataclass_fields__
-    cfg = script.Config(**{k: v for k, v in ckpt["config"].items() if k in known})
-    net, samples, noises, labels = common.load_net(path).to(device), [], [], []
-    for lo in tqdm(range(0, n, batch), desc=f"{path}, {nfe} NFE", leave=False, disable=None):
-        noise, y, gen = common.noise_and_labels(cfg, net, lo, min(lo + batch, n), 0, device)
-        noises.append(noise.cpu())
-        labels.append(y if y is None else y.cpu())
-        samples.append(script.sample(net, noise, y, nfe, cfg, gen).cpu())
-    labels = None if labels[0] is None else torch.cat(labels)
-    return torch.cat(samples), torch.cat(noises), labels, cfg, ckpt["step"] * cfg.batch
+def evaluate(path, nfes, args, tools, device):
+    """Rows of the table and pictures of a run, {(run, NFE): (row, picture)}; filled on rank 0 alone."""
+    columns, cfg, draw = open_run(path, tools.prompts, device)
+    n, results = min(columns.pop("n", args.samples), len(tools.prompts or range(args.samples))), {}
+    for nfe in nfes if cfg else ("",):
+        moments, held, seen = Moments(), [], 0
+        for lo, hi in rounds(n, args.batch, f"{path}, {nfe} NFE"):
+            x, noise, y = draw(nfe, lo, hi) if lo < hi else (None, None, None)
+            image = x is not None and x.ndim == 4
+            f, p = tools.features(x) if image else (None, None)
+            score = tools.scores(x, tools.prompts[lo:hi]) if image and tools.scores else None
+            x, noise, y, f, p, score = gather(x, noise, y, f, p, score)
+            if x.ndim == 4:  # of images no more is held than a metric or the picture needs
+                moments.add(f)
+                f, noise = f[:max(KEEP - seen, 0)].clone(), None
+                x = x if args.write else x[:max(SHOWN - seen, 0)].clone()
+            held.append((x, noise, y, f, p, score))
+            seen += args.batch * WORLD
+        x, noise, y, f, p, score = join(held)
+        if x.ndim == 4 and not tools.reference:  # of the first run's data, unless --reference names another
+            tools.reference = reference(args, cfg, tools.features)
+        if RANK:
+            continue
+        if args.write:
+            common.write_npz(Path(args.out, f"{Path(path).name}-{nfe}nfe.npz"), x, y)
+        row = points(x, noise, y, nfe, cfg) if x.ndim == 2 else pictures(moments, f, p, tools.reference)
+        if score is not None:
+            row |= dict(zip(("clip_score", "aesthetic_score"), score.double().mean(0).tolist()))
+        picture = common.density(x, 160) if x.ndim == 2 else common.grid(x[:SHOWN], SHOWN)
+        results[str(path), nfe] = columns | dict(nfe=nfe, n=n) | row, picture
+    return results
+
+
+def cell(value):
+    if isinstance(value, list):
+        return f"{min(value):.3f}-{max(value):.3f}"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def table(rows):
+    """Markdown."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, ["---"] * len(names), *([cell(row.get(name, "")) for name in names] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def toy(args, tools):
+    """Every mode of every script on the ring: the same steps, batch, network and seeds; mean and range over
+    the seeds. A multistep_cm.py run is made for one number of steps, so there is one for each. Runs that are
+    there already are not repeated."""
+    runs = [(script, mode, k, seed) for seed in range(args.seeds) for script in TOY for mode in TOY[script]
+            for k in (args.nfe if script == "multistep_cm" else (0,))]
+    out = {run: f"{args.out}/{run[0]}-{run[1]}{f'-{run[2]}' if run[2] else ''}-{run[3]}" for run in runs}
+
+    def train(run):
+        script, mode, k, seed = run
+        flags = f"--mode {mode} --steps {args.toy} --seed {seed} --out {out[run]} --overwrite"
+        flags += f" --student_steps {k}" if k else f" --d {args.toy // 20}" if script == "sct" else ""
+        if not Path(out[run], "metrics.json").exists():  # the last that a run writes
+            command = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *flags.split()]
+            env = os.environ | dict(OMP_NUM_THREADS="1")
+            done = subprocess.run(command, capture_output=True, text=True, env=env)
+            if done.returncode:
+                fail(f"{' '.join(command)} stopped: {done.stderr.strip().splitlines()[-1]}")
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        list(tqdm(pool.map(train, runs), total=len(runs), desc="train", unit="run", disable=None))
+    results, rows, sheet = {}, [], {}
+    for run in tqdm(runs, desc="sample", unit="run", disable=None):
+        nfes = (run[2],) if run[2] else args.nfe
+        for (_, nfe), result in evaluate(out[run], nfes, args, tools, "cpu").items():
+            results[run[0], run[1], nfe, run[3]] = result
+    seconds = {k: r["seconds"] for k, (r, _) in results.items()}
+    names = [f"energy distance, {nfe} NFE" for nfe in args.nfe]
+    for script, mode in dict.fromkeys(run[:2] for run in runs):
+        mine = {k: r for k, r in results.items() if k[:2] == (script, mode)}
+        row = dict(method=script, mode=mode)
+        for nfe, name in zip(args.nfe, names):
+            row[name] = spread([r["energy_distance"] for (_, _, n, _), (r, _) in mine.items() if n == nfe], 5)
+            sheet[f"{script} {mode}, {nfe} NFE"] = mine[script, mode, nfe, 0][1]
+        row["E"] = spread([r["ode_error"] for (_, _, n, _), (r, _) in mine.items() if n == 1], 4)
+        cost = min(seconds[k] for k in mine) / min(v for k, v in seconds.items() if k[1] == "diffusion")
+        rows.append(row | dict(cost=f"{cost:.1f}"))  # of a step, over diffusion's
+    values = [r for r, _ in results.values()]
+    floor = max(r.get("exact_ode", 0) for r in values)  # the same in all rows: the evaluation's noise is one
+    return [*rows, {"method": "exact ODE", names[0]: f"{floor:.5f}"}], values, sheet
+
+
+def spread(values, digits):
+    """Mean (lowest-highest)."""
+    return f"{sum(values) / len(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser("eval.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("runs", nargs="*", help="run folders, or .npz files of samples")
+    parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4], help="network evaluations [1 2 4]")
+    parser.add_argument("--samples", type=int, default=5000, help="samples [5000]")
+    parser.add_argument("--batch", type=int, default=250, help="samples a process takes at a time [250]")
+    parser.add_argument("--reference", help="images or statistics [the first run's data]")
+    parser.add_argument("--image_size", type=int, default=0, help="of --reference, if no run says it")
+    parser.add_argument("--features", default="pixels", help="inception, dinov2, pixels, FILE [pixels]")
+    parser.add_argument("--weights", help="file or folder of inception's or dinov2's weights [download]")
+    parser.add_argument("--prompts", help="text file, a prompt a line, for text-to-image runs")
+    parser.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub id")
+    parser.add_argument("--aesthetic", help="LAION's predictor, a .pth file [download]")
+    parser.add_argument("--write", action="store_true", help="write the samples to --out, as ADM's .npz")
+    parser.add_argument("--toy", type=int, default=0, metavar="STEPS", help="compare everything on the toy")
+    parser.add_argument("--seeds", type=int, default=3, help="of --toy [3]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs of --toy at a time [1]")
+    parser.add_argument("--out", help="folder to write to [the first run's, or out/toy]")
+    args = parser.parse_args(argv)
+    if min(args.nfe + [args.samples, args.batch, args.seeds, args.jobs]) < 1:
+        fail("--nfe, --samples, --batch, --seeds and --jobs must be at least 1")
+    if bool(args.runs) == bool(args.toy):
+        fail("give the run folders to compare, or --toy STEPS")
+    first = Path((args.runs or ["out/toy"])[0])
+    args.out = args.out or str(first.parent if first.suffix else first)
+    return args
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("eval.py", description=__doc__.splitlines()[0])
-    parser.error = common.fail
-    parser.add_argument("runs", nargs="+", help="run folders")
-    parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2], help="network evaluations [1 2]")
-    parser.add_argument("--n", type=int, default=5000, help="samples [5000]")
-    parser.add_argument("--batch", type=int, default=250, help="samples at a time [250]")
-    parser.add_argument("--reference", help="class folder or zip of images [the run's data]")
-    parser.add_argument("--features", default="pixels", help="TorchScript file, or pixels [pixels]")
-    parser.add_argument("--out", help="folder for eval.json and eval.png [the first run's]")
-    args = parser.parse_args(argv)
-    if min(args.nfe + [args.n, args.batch]) < 1:
-        common.fail("--nfe, --n and --batch must be at least 1")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows, columns, references = [], {}, {}
-    for path in args.runs:
-        for nfe in args.nfe:
-            x, noise, y, cfg, seen = draw_samples(path, nfe, args.n, args.batch, device)
-            row = dict(run=str(path), mode=cfg.mode, samples_seen=seen, nfe=nfe)
-            if x.ndim == 2:
-                data = common.dataset(cfg)
-                fresh, _ = data.batch(common.Draw(cfg.seed, 2**32, 0, args.n))
-                times = common.ode_times(512, cfg.sigma_d)
-                exact = common.solve(data, noise.double(), times, y, cfg.sigma_d)
-                row["energy_distance"] = common.energy_distance(x, fresh)
-                if nfe == 1 or cfg.mode == "diffusion":  # more steps add fresh noise: other samples, no error
-                    row["ode_error"] = float((x.double() - exact).square().mean().sqrt())
-            else:
-                x = common.Images.to_uint8(x)
-                features = feature_network(args.features, device)
-                key = args.reference or (cfg.dataset, cfg.data, cfg.image_size)
-                if key not in references:
-                    images = reference_images(args.reference, cfg)
-                    references[key] = statistics(images, features, args.batch, device)
-                ours = statistics(x, features, args.batch, device)
-                row["frechet_distance"] = common.frechet_distance(*ours, *references[key])
-            rows.append(row)
-            columns[f"{Path(path).name}, {nfe} NFE"] = x[:36] if x.ndim > 2 else x
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
-    for row in rows:
-        print("| " + " | ".join(f"{row.get(k):.5g}" if isinstance(row.get(k), float) else str(row.get(k, ""))
-                                for k in names) + " |")
-    out = Path(args.out or args.runs[0])
-    common.atomic_write(out / "eval.json", lambda file: file.write(json.dumps(rows, indent=1).encode()))
-    common.panels(columns, out / "eval.png")
+    args = parse_args(argv)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    tools = SimpleNamespace(features=feature_network(args.features, args.weights, device), reference=None,
+                            prompts=read_prompts(args.prompts), scores=None)
+    tools.scores = text_scores(args, device) if tools.prompts else None
+    if args.toy:
+        rows, values, sheet = toy(args, tools)
+    else:
+        results = {}
+        for path in args.runs:
+            results |= evaluate(path, args.nfe, args, tools, device)
+        rows = values = [row for row, _ in results.values()]
+        sheet = {f"{Path(path).stem}, {nfe} NFE": picture for (path, nfe), (_, picture) in results.items()}
+    if RANK == 0:
+        print(table(rows))
+        text = json.dumps(values, indent=1).encode()
+        common.atomic_write(Path(args.out, "eval.json"), lambda file: file.write(text))
+        across = 2 * len(args.nfe) if args.toy else len(args.nfe) if "energy_distance" in values[0] else 1
+        common.panels(sheet, Path(args.out, "eval.png"), across)
 
 
-def reference_images(path, cfg):
-    """uint8 (N, 3, H, W): the images in path, or the run's own training data."""
-    if path:
-        cfg.dataset, cfg.data = "folder", path
-    return common.dataset(cfg).images
-
-
-def statistics(images, features, batch, device):
-    """Mean and covariance of the features of uint8 images (N, 3, H, W)."""
-    moments = Moments()
-    with torch.no_grad():
-        for lo in tqdm(range(0, len(images), batch), desc="features", leave=False, disable=None):
-            moments.add(features(torch.tensor(np.asarray(images[lo:lo + batch])).to(device)))
-    return moments.mean_and_covariance()
+def read_prompts(path):
+    """Lines of a text file; None without one."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
+    except (OSError, ValueError) as error:
+        fail(f"cannot read --prompts {path}: {error}")
+    return [line for line in lines if line.strip()] or (fail(f"--prompts {path} is empty") if path else None)
 
 
 if __name__ == "__main__":

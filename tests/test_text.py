@@ -99,7 +99,7 @@ def test_readme_commands_run(folder, monkeypatch):
             continue
         flags = words[words.index(script) + 1:]
         if script == "eval.py":
-            flags = ["pixels" if w == "FEATURES.pt" else w for w in flags] + ["--n", "20"]
+            flags = ["pixels" if w == "FEATURES.pt" else w for w in flags] + ["--samples", "20"]
         elif not {"--sample", "--edit", "--search", "--resume"} & set(flags):
             cut = dict(steps=2, batch=8, channels=8, blocks=1, image_size=8, seed=0, overwrite="true")
             names = [f"--{k}" for k in cut]
