@@ -15,6 +15,7 @@ import contextlib
 import csv
 import datetime
 import dataclasses
+import functools
 import hashlib
 import inspect
 import io
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as tnf
+import torch.utils.checkpoint
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
@@ -63,17 +65,17 @@ sys.excepthook = interrupted  # Ctrl-C ends in one line
 # ----------------------------------------------------------------------------------------------- 1. config
 
 NET_FIELDS = ("image_size", "conditional", "channels", "channel_mult", "blocks", "attention", "emb",
-              "emb_scale", "c_noise", "double_norm", "sigma_d")
+              "emb_scale", "c_noise", "double_norm", "norm_shift", "sigma_d")
 FIXED = ("dataset", "mode", "label_dropout", "phases", "student_steps", "pd_start", *NET_FIELDS)  # of a run
-ONE_CALL = ("resume", "overwrite", "sample", "nfe", "label", "save")  # flags that a run does not remember
+ONE_CALL = ("resume", "overwrite", "dry_run", "sample", "nfe", "label", "save")  # a run forgets these
 AT_LEAST_1 = ("steps", "batch", "nfe", "log_every", "save_every", "sample_every", "channels", "blocks",
               "intervals", "patch", "scales", "scales_start", "d", "phases", "student_steps", "pd_start")
 
 
 def parse_args(Config, presets, modes, argv=None):
-    """Command line -> Config. Later wins: defaults, presets[dataset], presets[dataset, size] and
-    [dataset, mode], the network of --init or --teacher, the stored run (--resume, --sample), flags. Ends the
-    program on anything unknown."""
+    """Command line -> Config. Later wins: defaults; presets[dataset], [dataset, size], [dataset, mode] and
+    [dataset, size, mode]; the network of --init or --teacher; the stored run (--resume, --sample); flags.
+    Ends the program on anything unknown."""
     fields = {f.name: f for f in dataclasses.fields(Config)}
     comment = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     script = Path(inspect.getfile(Config)).stem
@@ -103,13 +105,15 @@ def parse_args(Config, presets, modes, argv=None):
             if name in flags and flags[name] != stored.get(name, flags[name]):
                 fail(f"{flags['out']} was trained with --{name} {stored[name]}: that cannot change")
     choice = {name: (stored | flags).get(name, fields[name].default) for name in ("dataset", "mode", "size")}
-    sizes = [k[1] for k in presets if k[0] == choice["dataset"] and k[1] not in modes]
+    sizes = [k[1] for k in presets if len(k) == 2 and k[0] == choice["dataset"] and k[1] not in modes]
     for name, valid in (("dataset", [d for d in presets if isinstance(d, str)]), ("mode", list(modes)),
                         ("size", ["", *sizes])):
         if choice[name] not in valid:
             fail(f"unknown {name} {choice[name]!r}; the {name}s are {', '.join(valid) or 'the default'}")
-    named = [presets.get((choice["dataset"], part), {}) for part in (choice["size"], choice["mode"])]
-    values = presets[choice["dataset"]] | named[0] | named[1]
+    data, size, mode = choice["dataset"], choice["size"] or "S", choice["mode"]
+    values = dict(presets[data])
+    for key in ((data, size), (data, mode), (data, size, mode)):
+        values |= presets.get(key, {})
     source = init_path(values | flags)
     if source and not stored:
         values |= {k: v for k, v in read_checkpoint(source)["config"].items() if k in NET_FIELDS}
@@ -199,6 +203,8 @@ def dataset(cfg, device="cpu"):
     """The dataset that cfg names: an object with shape, classes and batch(gen)."""
     if cfg.dataset in ("gmm", "modes"):
         return dict(gmm=ring, modes=modes)[cfg.dataset](cfg).to(device)
+    if cfg.dataset == "imagenet512":
+        return Latents(cfg)
     reader = {"shapes": draw_shapes, "cifar10": read_cifar10}.get(cfg.dataset, read_folder)
     return Images(cfg, *reader(cfg))
 
@@ -282,6 +288,129 @@ class Images:
         return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
+SPACES = dict(  # of latents: the autoencoder's pixels at 0 and 255, mean and standard deviation by channel
+    scm=(-1, 1, (1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31)),   # sCM, App. G
+    edm2=(0, 1, (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)))      # EDM2 feeds [0, 1]
+
+
+class Latents:
+    """imagenet512: latents of --data, a folder by `python common.py latents` or EDM2's zip. x0 (4, h, w) is
+    drawn anew from the autoencoder's N(mean, std^2), then normalized to standard deviation sigma_d."""
+
+    def __init__(self, cfg):
+        root = Path(cfg.data or fail("--dataset imagenet512 needs --data: python common.py latents makes it"))
+        self.cfg = cfg
+        if root.is_dir():
+            if not (root / "latents.json").exists():
+                fail(f"--data {root} holds no latents, or not all: run python common.py latents --out {root}")
+            self.moments, labels = np.load(root / "moments.npy", mmap_mode="r"), np.load(root / "labels.npy")
+        else:
+            names, labels, read = list_images(root, (".npy",))
+            self.moments, self.names, self.read = None, names, read
+        self.labels, self.classes = torch.as_tensor(labels, dtype=torch.int64), int(labels.max()) + 1
+        self.shape = (4, *self.rows([0]).shape[2:])
+
+    def rows(self, index):
+        """Mean and standard deviation, (B, 8, h, w) float32."""
+        if self.moments is not None:
+            return torch.from_numpy(self.moments[index].astype(np.float32))
+        try:
+            arrays = [np.load(io.BytesIO(self.read(self.names[i])), allow_pickle=False) for i in index]
+            return torch.from_numpy(np.stack(arrays).astype(np.float32))
+        except (OSError, ValueError) as error:
+            fail(f"--data {self.cfg.data}: not EDM2's latents, float32 (8, h, w) .npy ({error})")
+
+    def batch(self, gen):
+        """x0 (B, 4, h, w) float32; y (B,) int64, or None unless cfg.conditional."""
+        index = gen.index(len(self.labels)).cpu()
+        mean, std = self.rows(index.numpy()).to(gen.device).chunk(2, dim=1)
+        _, _, shift, scale = latent_space(self.cfg, gen.device)
+        x0 = (mean + std * gen.normal(*self.shape) - shift) * (self.cfg.sigma_d / scale)
+        return x0, gen.labels(self.labels[index].to(gen.device), self.cfg)
+
+    def to_uint8(self, x):
+        return to_uint8(x, self.cfg)
+
+
+def latent_space(cfg, device):
+    """The numbers of SPACES: EDM2's for its zip; mean and standard deviation as (4, 1, 1)."""
+    black, white, *moments = SPACES["edm2" if str(cfg.data).endswith(".zip") else "scm"]
+    return black, white, *(torch.tensor(m, device=device).view(4, 1, 1) for m in moments)
+
+
+@functools.cache
+def autoencoder(path, device):
+    from diffusers import AutoencoderKL
+    hub = "stabilityai/sd-vae-ft-mse"
+    try:
+        return AutoencoderKL.from_pretrained(path or hub).to(device).requires_grad_(False)
+    except (OSError, ValueError) as error:
+        fail(f"cannot load the autoencoder {path or hub}: {str(error)[:90]}; download "
+             f"https://huggingface.co/{hub} and give its folder with --vae")
+
+
+@torch.no_grad()
+def to_uint8(x, cfg):
+    """x0 (B, C, h, w) -> pixels (B, 3, H, W) uint8; latents are decoded one by one."""
+    if cfg.dataset != "imagenet512":
+        return Images.to_uint8(x)
+    black, white, shift, scale = latent_space(cfg, x.device)
+    vae, z = autoencoder(cfg.vae, x.device), x.float() * (scale / cfg.sigma_d) + shift
+    pixels = torch.cat([vae.decode(one[None]).sample for one in z])
+    return Images.to_uint8((pixels - black) * (2 / (white - black)) - 1)
+
+
+@torch.no_grad()
+def encode_latents(argv):
+    """python common.py latents: mean and standard deviation of each image's latent as float16, and labels.
+
+    Each process takes every WORLD-th batch; what is done is marked on disk, so a second call goes on, with
+    any number of processes."""
+    parser = argparse.ArgumentParser("common.py latents", description=encode_latents.__doc__.split(":")[0])
+    parser.error = fail
+    parser.add_argument("--src", required=True, help="class subfolders of images, or EDM's zip")
+    parser.add_argument("--out", default="data/imagenet512", help="folder [data/imagenet512]")
+    parser.add_argument("--vae", default="", help="folder or hub id [stabilityai/sd-vae-ft-mse]")
+    parser.add_argument("--image_size", type=int, default=512, help="crop and resize to this [512]")
+    parser.add_argument("--batch", type=int, default=16, help="images at a time [16]")
+    args = parser.parse_args(argv)
+    names, labels, read = list_images(args.src)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if WORLD > 1:
+        dist.init_process_group("gloo")
+    vae, out = autoencoder(args.vae, device), Path(args.out)
+
+    def encode(batch):
+        x = np.stack([decode(name, read, args.image_size) for name in batch])
+        latent = vae.encode(torch.from_numpy(x).to(device).float() / 127.5 - 1).latent_dist
+        return torch.cat([latent.mean, latent.std], dim=1).half().cpu().numpy()
+    shape, about = (len(names), *encode(names[:1]).shape[1:]), dict(vars(args), names=len(names))
+    about["sources"] = hashlib.sha1("\n".join(names).encode()).hexdigest()
+    if RANK == 0 and not (out / "about.json").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        for name, dtype, size in (("moments", np.float16, shape), ("done", np.uint8, shape[:1])):
+            np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, size).flush()
+        atomic_write(out / "labels.npy", lambda file: np.save(file, labels))
+        atomic_write(out / "about.json", lambda file: file.write(json.dumps(about).encode()))
+    barrier()
+    before = json.loads((out / "about.json").read_text())
+    if any(before[k] != about[k] for k in ("sources", "vae", "image_size")):
+        fail(f"{out} was begun from other images, --vae or --image_size: choose another --out")
+    moments, done = (np.load(out / f"{name}.npy", mmap_mode="r+") for name in ("moments", "done"))
+    rows = np.arange(len(names))
+    batches = [rows[i:i + args.batch] for i in range(0, len(rows), args.batch)][RANK::WORLD]
+    for batch in tqdm(batches, desc="encode", unit="batch", disable=None if RANK == 0 else True):
+        if not done[batch].all():
+            moments[batch] = encode([names[i] for i in batch])
+            moments.flush()  # before it counts as done
+            done[batch] = 1
+            done.flush()
+    barrier()
+    if RANK == 0:
+        atomic_write(out / "latents.json", lambda file: file.write(json.dumps(about).encode()))
+        print(f"wrote {len(names)} latents {shape[1:]} to {out}")
+
+
 def draw_shapes(cfg, count=8000):
     """Disc, triangle, square or pentagon, warm or cold (8 classes), drawn by Pillow at 4x and reduced."""
     size, rng = cfg.image_size or 16, np.random.default_rng(0)
@@ -299,12 +428,13 @@ def draw_shapes(cfg, count=8000):
     return images, labels
 
 
-def read_folder(cfg):
-    """--data: class subfolders of images (torchvision's ImageFolder), or EDM's zip with dataset.json."""
-    root = Path(cfg.data or fail("--dataset folder needs --data PATH: class subfolders, or a zip"))
+def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp")):
+    """Names, labels and read(name) -> bytes of class subfolders of images (torchvision's ImageFolder), or of
+    EDM's zip with dataset.json."""
+    root = Path(root)
     if root.is_dir():
         names = sorted(str(p.relative_to(root)) for p in root.rglob("*")
-                       if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp") and p.is_file())
+                       if p.suffix.lower() in suffixes and p.is_file())
         tops = [Path(n).parts[0] if len(Path(n).parts) > 1 else "" for n in names]
         classes = sorted(set(tops))
         if "" in classes and len(classes) > 1:
@@ -312,7 +442,7 @@ def read_folder(cfg):
         labels, archive = [classes.index(top) for top in tops], None
     elif zipfile.is_zipfile(root):
         archive = zipfile.ZipFile(root)
-        names = sorted(n for n in archive.namelist() if n.lower().endswith((".png", ".jpg", ".jpeg")))
+        names = sorted(n for n in archive.namelist() if n.lower().endswith(suffixes))
         try:
             table = json.loads(archive.read("dataset.json")) if "dataset.json" in archive.namelist() else {}
             table = dict(table.get("labels") or {})
@@ -323,35 +453,41 @@ def read_folder(cfg):
     else:
         fail(f"--data {root}: neither a folder nor a zip file")
     if not names:
-        fail(f"--data {root}: no images (.png, .jpg, .jpeg, .bmp, .webp) in it")
+        fail(f"--data {root}: no images ({', '.join(suffixes)}) in it")
+    return names, np.array(labels), archive.read if archive else lambda name: (root / name).read_bytes()
 
-    def decode(name):
-        try:
-            image = Image.open(io.BytesIO(archive.read(name)) if archive else root / name)
-            assert image.mode[0] not in "IF", f"{image.mode} pixels, only 8-bit images are read"
-            image = image.convert("RGB")
-        except Exception as error:  # decoders raise many kinds
-            fail(f"cannot read the image {root / name}: {error}")
-        image = centre_crop(image, cfg.image_size) if cfg.image_size else image
-        return np.asarray(image).transpose(2, 0, 1)  # (3, H, W)
 
-    # Decoded once and memory-mapped afterwards: training reads rows of one array, whatever the source.
-    files = [(n, (root if archive else root / n).stat().st_mtime_ns) for n in names]
+def decode(name, read, size):
+    """The image as uint8 (3, H, W), cropped and resized to size, or as it is if that is 0."""
+    try:
+        image = Image.open(io.BytesIO(read(name)))
+        assert image.mode[0] not in "IF", f"{image.mode} pixels, only 8-bit images are read"
+        image = image.convert("RGB")
+    except Exception as error:  # decoders raise many kinds
+        fail(f"cannot read the image {name}: {error}")
+    return np.asarray(centre_crop(image, size) if size else image).transpose(2, 0, 1)
+
+
+def read_folder(cfg):
+    """--data, decoded once and memory-mapped afterwards: training reads rows of one array."""
+    root = Path(cfg.data or fail(f"--dataset {cfg.dataset} needs --data PATH: class subfolders, or a zip"))
+    names, labels, read = list_images(root)
+    files = [(n, (root / n if root.is_dir() else root).stat().st_mtime_ns) for n in names]
     key = hashlib.sha1(repr((str(root.resolve()), files, cfg.image_size)).encode()).hexdigest()[:16]
     cache = Path("data/cache", f"{root.stem}-{cfg.image_size}-{key}.npy")
     if not cache.exists() and RANK == 0:
-        first = decode(names[0])
+        first = decode(names[0], read, cfg.image_size)
         if first.shape[1] != first.shape[2]:
             fail(f"{names[0]} is not square: give --image_size to crop and resize")
         array = np.empty((len(names), *first.shape), np.uint8)
         for i, name in enumerate(tqdm(names, desc="decode", unit="img", leave=False, disable=None)):
-            image = decode(name)
+            image = decode(name, read, cfg.image_size)
             if image.shape != first.shape:
                 fail(f"{name} and {names[0]} differ in size: give --image_size to crop and resize")
             array[i] = image
         atomic_write(cache, lambda file: np.save(file, array))
     barrier()
-    return np.load(cache, mmap_mode="r"), np.array(labels)
+    return np.load(cache, mmap_mode="r"), labels
 
 
 def download(url, path, md5=""):
@@ -574,14 +710,15 @@ class Modulation(nn.Module):
     """The embedding acts on the channels of x (B, C, ...).
 
     double_norm: norm(x) * pnorm(s(t)) + pnorm(b(t)), adaptive double normalization (sCM, Sec. 4.1); otherwise
-    EDM2's own x * (1 + s(t)).
-    # DEPARTS: the paper's formula over sqrt(2), which keeps the unit variance that EDM2's layers rely on.
+    EDM2's own x * (1 + s(t)). Without `shift` there is no b(t): EDM2 has none, and the sizes that the paper
+    prints for ImageNet leave no room for one.
+    # DEPARTS: with b(t), over sqrt(2), which keeps the unit variance that EDM2's layers rely on.
     """
 
-    def __init__(self, dim, channels, double_norm):
+    def __init__(self, dim, channels, double_norm, shift=True):
         super().__init__()
-        self.double_norm = double_norm
-        self.linear = MPConv(dim, channels * (2 if double_norm else 1))
+        self.double_norm, self.shift = double_norm, double_norm and shift
+        self.linear = MPConv(dim, channels * (2 if self.shift else 1))
         if not double_norm:
             self.gain = nn.Parameter(torch.zeros([]))
 
@@ -589,6 +726,8 @@ class Modulation(nn.Module):
         shape = (len(x), -1) + (1,) * (x.ndim - 2)
         if not self.double_norm:
             return x * (1 + self.linear(emb, self.gain)).view(shape).to(x.dtype)
+        if not self.shift:
+            return pnorm(x) * pnorm(self.linear(emb)).view(shape).to(x.dtype)
         scale, shift = (pnorm(v) / math.sqrt(2) for v in self.linear(emb).chunk(2, dim=1))
         return pnorm(x) * scale.view(shape).to(x.dtype) + shift.view(shape).to(x.dtype)
 
@@ -622,14 +761,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """EDM2's residual block (config G): encoder blocks normalize their input, decoder blocks do not."""
 
-    def __init__(self, cin, cout, dim, encoder, attention, resample="", dropout=0.0, double_norm=True):
+    def __init__(self, cin, cout, dim, encoder, attention, resample, dropout, double_norm, norm_shift):
         super().__init__()
         self.encoder, self.resample, self.dropout, self.heads = encoder, resample, dropout, max(cout // 64, 1)
         if attention and cout % self.heads:
             fail(f"attention at {cout} channels: above 64 they must be a multiple of 64 (--channels)")
         self.skip = MPConv(cin, cout, 1) if cin != cout else None
         self.conv0, self.conv1 = MPConv(cout if encoder else cin, cout, 3), MPConv(cout, cout, 3)
-        self.modulate = Modulation(dim, cout, double_norm)
+        self.modulate = Modulation(dim, cout, double_norm, norm_shift)
         if attention:
             self.qkv, self.proj = MPConv(cout, 3 * cout, 1), MPConv(cout, cout, 1)
 
@@ -663,15 +802,15 @@ class UNet(nn.Module):
 
     def __init__(self, shape, classes=0, channels=64, channel_mult=(1, 2), blocks=2, attention=(8,),
                  dropout=0.0, sigma_d=0.5, emb="positional", emb_scale=1.0, c_noise="t", double_norm=True,
-                 guidance=False, head=True, dtype="fp32"):
+                 norm_shift=True, guidance=False, head=True, dtype="fp32"):
         super().__init__()
-        self.dtype = DTYPES[dtype] if dtype != "fp32" else None
+        self.dtype, self.checkpointing = DTYPES[dtype] if dtype != "fp32" else None, False
         widths, dim = [channels * m for m in channel_mult], channels * max(channel_mult)
         self.cond = Conditioning(dim, channels, classes, sigma_d, emb, emb_scale, c_noise, guidance, head)
 
         def block(cin, cout, encoder, attend, resample=""):
             rate = dropout if res <= 16 or shape[1] <= 32 else 0.0
-            return Block(cin, cout, dim, encoder, attend, resample, rate, double_norm)
+            return Block(cin, cout, dim, encoder, attend, resample, rate, double_norm, norm_shift)
 
         res, width = shape[1], widths[0]
         self.first = MPConv(shape[0] + 1, width, 3)  # + a channel of ones, in place of biases
@@ -700,14 +839,19 @@ class UNet(nn.Module):
         emb = self.cond(t, y, s)
         x = x.to(self.dtype or emb.dtype, memory_format=torch.channels_last)
         x = self.first(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
+
+        def run(block, x):  # with checkpointing the backward pass computes the block's inside once more
+            if self.checkpointing and torch.is_grad_enabled():
+                return torch.utils.checkpoint.checkpoint(block, x, emb, use_reentrant=False)
+            return block(x, emb)
         skips = [x]
         for block in self.enc:
-            x = block(x, emb)
+            x = run(block, x)
             skips.append(x)
         for block in self.mid:
-            x = block(x, emb)
+            x = run(block, x)
         for block in self.dec:
-            x = block(x if block.resample else mp_cat(x, skips.pop()), emb)
+            x = run(block, x if block.resample else mp_cat(x, skips.pop()))
         F = self.last(x, self.out_gain).to(emb.dtype)
         return (F, self.cond.weight(t)) if return_w else F
 
@@ -717,7 +861,9 @@ def network(cfg, data, **options):
     options = dict(shape=data.shape, classes=data.classes if cfg.conditional else 0, dropout=cfg.dropout,
                    dtype=cfg.dtype) | {
         k: getattr(cfg, k) for k in NET_FIELDS if k not in ("image_size", "conditional")} | options
-    return build(options, cfg.seed)
+    net = build(options, cfg.seed)
+    net.checkpointing = cfg.checkpointing
+    return net
 
 
 def build(options, seed=0):
@@ -832,7 +978,7 @@ def read_checkpoint(path):
 
 
 class Record:
-    """What read_pickle makes of a foreign class or function: it holds arguments and state, and does nothing."""
+    """What read_pickle makes of a foreign class or function: holds arguments and state, does nothing."""
 
     def __new__(cls, *args, **kw):
         self = super().__new__(cls)
@@ -859,7 +1005,8 @@ def read_pickle(path):
                  np.frombuffer(raw, dtype).reshape(shape, order=order),
              "numpy.multiarray.scalar": lambda dtype, raw: np.frombuffer(raw, dtype)[0],
              "torch.storage._load_from_bytes": storage,
-             "torch._utils._rebuild_tensor_v2": lambda *args: torch._utils._rebuild_tensor_v2(*args[:4], False, {}),
+             "torch._utils._rebuild_tensor_v2":
+                 lambda *args: torch._utils._rebuild_tensor_v2(*args[:4], False, {}),
              "torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
 
     class Unpickler(pickle.Unpickler):
@@ -912,6 +1059,38 @@ def load_init(net, cfg, data):
             if k not in state or k not in old or state[k].shape != old[k].shape:
                 fail(f"{path} has another architecture than the flags ask for (at {k})")
         net.load_state_dict({k: old[k] if k in keep else state[k] for k in state})
+
+
+def dry_run(cfg):
+    """--dry_run: data and teacher are opened and checked, the network is built without memory (device meta);
+    prints parameters, FLOPs of a forward pass and an estimate of the memory that a process needs."""
+    from torch.utils.flop_counter import FlopCounterMode
+    data = dataset(cfg)
+    teacher = load_teacher(cfg, data, "cpu")
+    with torch.device("meta"):
+        net = network(cfg, data)
+    own, held = {p.untyped_storage()._cdata for p in net.parameters()}, []
+    for n in (1, 2):  # samples; what does not grow with them are weights in other forms
+        x, t = torch.zeros(n, *data.shape, device="meta"), torch.zeros(n, device="meta")
+        y, stored = torch.zeros(n, dtype=torch.int64, device="meta") if net.options["classes"] else None, {}
+
+        def store(v):
+            if v.untyped_storage()._cdata not in own:
+                stored[v.untyped_storage()._cdata] = v  # kept alive, so that no two share an address
+            return v
+        with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(store, store):
+            net(x, t, y)
+        held.append(sum(v.untyped_storage().nbytes() for v in stored.values()))
+    parameters, sample = sum(p.numel() for p in net.parameters()), held[1] - held[0]
+    copies = 5 + (teacher is not None and not isinstance(teacher, Mixture))  # net, EMA, gradient, Adam's two
+    weights, micro = 4 * copies * parameters + held[0] - sample, cfg.micro or cfg.batch // WORLD
+    print(f"data       {cfg.dataset}, {data.shape}, {data.classes} classes, sigma_d {cfg.sigma_d}")
+    print(f"network    {parameters / 1e6:.1f} M parameters; {flops.get_total_flops() / 2e9:.3g} GFLOP for a "
+          "sample's forward pass (backward twice that, JVP twice)")
+    print(f"memory     {weights / 2**30:.2f} GiB for the weights in {copies} copies, and "
+          f"{sample / 2**20:.1f} MiB a sample for its backward pass")
+    print(f"a process  {(weights + micro * sample) / 2**30:.2f} GiB with {micro} samples at once; --micro or "
+          "--checkpointing lower it")
 
 
 def make_optimizer(net, cfg):
@@ -969,9 +1148,8 @@ class Run:
         self.rows = [(RANK * share + i, RANK * share + i + micro) for i in range(0, share, micro)]
 
     def wrap(self, net):
-        if WORLD == 1:
-            return net
-        return nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        net = torch.compile(net) if self.cfg.compile else net
+        return nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if WORLD > 1 else net
 
     def accumulate(self, net, rows):
         """Gradients travel between processes only after the last micro-batch."""
@@ -1001,6 +1179,9 @@ class Run:
             self.began = time.time() - ckpt["seconds"]
         except (RuntimeError, KeyError, ValueError):
             fail(f"{self.out} cannot be resumed with these flags: they change the network or the optimizer")
+        if ckpt.get("world", WORLD) != WORLD and RANK == 0:
+            print(f"{self.out} was written by {ckpt['world']} processes and goes on with {WORLD}: the same "
+                  "data and noise, but sums are rounded in another order, so not bit for bit")
         if ckpt["step"] >= self.cfg.steps:
             print(f"{self.out} is finished, at step {ckpt['step']}; a higher --steps goes on")
         if RANK == 0:  # forget the lines that the checkpoint does not know
@@ -1024,7 +1205,8 @@ class Run:
             return
         ckpt = {name: part.state_dict() for name, part in state.items()}
         ckpt |= dict(script=Path(inspect.getfile(type(self.cfg))).stem, config=vars(self.cfg), step=step,
-                     options=state["net"].options, rng=self.cfg.seed, seconds=time.time() - self.began)
+                     options=state["net"].options, rng=self.cfg.seed, world=WORLD)
+        ckpt["seconds"] = time.time() - self.began
         atomic_write(self.out / "ckpt.pt", lambda file: torch.save(ckpt, file))
 
     def steps(self, start):
@@ -1140,7 +1322,7 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
         return
     nfes = (35,) if cfg.mode == "diffusion" else nfes
     toy = len(data.shape) == 1
-    n = 5000 if toy else 36 if data.shape[1] <= 64 else 4
+    n = 5000 if toy else 36 if data.shape[0] == 3 and data.shape[1] <= 64 else 4
     noise, y, gen = noise_and_labels(cfg, net, 0, n, 12345, run.device)
     columns, metrics = {}, dict(seconds=round(time.time() - run.began, 1), steps=step)
     if toy:
@@ -1192,7 +1374,7 @@ def write_samples(cfg, sample):
         labels.append(y)
     x = torch.cat(parts)
     path = Path(cfg.save or f"{cfg.out}/samples.png")
-    values = x if toy else Images.to_uint8(x)
+    values = x if toy else torch.cat([to_uint8(part.to(device), cfg).cpu() for part in parts])
     if toy:
         fresh, _ = dataset(cfg).batch(Draw(cfg.seed, 2**32, 0, min(len(x), 5000)))
         print(f"energy distance to fresh data, {cfg.nfe} NFE: {energy_distance(x[:5000], fresh):.5f}")
@@ -1201,3 +1383,9 @@ def write_samples(cfg, sample):
     else:
         write_npz(path, values, torch.cat(labels) if classes else None)
     print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["latents"]:
+        fail("python common.py latents --src IMAGES --out FOLDER encodes images; the rest is a library")
+    encode_latents(sys.argv[2:])

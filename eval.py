@@ -74,8 +74,9 @@ def open_run(path, prompts, device):
 
     def draw(nfe, lo, hi):
         noise, y, gen = common.noise_and_labels(cfg, net, lo, hi, 0, device)
-        x = script.sample(net, noise, y, nfe, cfg, gen).cpu()
-        return (x if x.ndim == 2 else common.Images.to_uint8(x)), noise.cpu(), None if y is None else y.cpu()
+        x = script.sample(net, noise, y, nfe, cfg, gen)
+        x = x if x.ndim == 2 else common.to_uint8(x, cfg)
+        return x.cpu(), noise.cpu(), None if y is None else y.cpu()
     return columns, cfg, draw
 
 
@@ -191,7 +192,7 @@ def feature_network(name, weights, device):
         return lambda x: (x.flatten(1).float() / 255, None)
     if name == "dinov2":
         from transformers import AutoModel
-        net = pretrained(AutoModel, weights or "facebook/dinov2-large", "--weights").to(device)
+        net = pretrained(AutoModel, weights, "facebook/dinov2-large", "--weights").to(device).eval()
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1).to(device)
 
         def dinov2(x):  # the class token after the last norm, of images resized to 224
@@ -216,13 +217,13 @@ def feature_network(name, weights, device):
     return script
 
 
-def pretrained(kind, name, flag):
-    """A network of transformers, from the hub or a folder."""
+def pretrained(kind, given, hub, flag):
+    """A network of transformers from the folder or hub id given with flag, else from the hub."""
     try:
-        return kind.from_pretrained(name).eval()
+        return kind.from_pretrained(given or hub)
     except (OSError, ValueError) as error:
-        fail(f"cannot load {name} ({str(error).splitlines()[0][:80]}): download the folder "
-             f"https://huggingface.co/{name} and give it with {flag} PATH")
+        fail(f"cannot load {given or hub} ({str(error).splitlines()[0][:80]}): download the folder "
+             f"https://huggingface.co/{hub} and give it with {flag} PATH")
 
 
 def statistics(images, features, batch):
@@ -256,11 +257,12 @@ def reference(args, cfg, features):
             fail(f"--reference {path} holds no images, and moments are good for --features inception alone")
         images = file["arr_0"].transpose(0, 3, 1, 2)
     else:
-        if not path and not cfg:
-            fail("samples from a file need --reference: class folders, a zip, or a file of statistics")
-        own = vars(cfg) if cfg else dict(image_size=args.image_size, channel_mult=(1,), conditional=False)
+        if not path and (not cfg or cfg.dataset == "imagenet512"):
+            fail("samples and latents need --reference: class folders, a zip, or a file of statistics")
+        own = vars(cfg) if cfg else dict(image_size=args.image_size)
         other = dict(dataset="folder", data=path) if path else {}
-        images = common.dataset(SimpleNamespace(**own | other)).images
+        plain = dict(conditional=False, channel_mult=(1,))  # no labels, no network to fit
+        images = common.dataset(SimpleNamespace(**own | other | plain)).images
     digest = hashlib.sha1(args.features.encode())
     for part in range(0, len(images), 1000):
         digest.update(np.ascontiguousarray(images[part:part + 1000]))
@@ -292,8 +294,9 @@ def pictures(moments, some, probabilities, ref):
 def text_scores(args, device):
     """A function: uint8 images (B, 3, H, W) and B prompts -> CLIP score and aesthetic score, (B, 2)."""
     from transformers import CLIPModel, CLIPProcessor
-    clip = pretrained(CLIPModel, args.clip, "--clip").to(device)
-    processor = CLIPProcessor.from_pretrained(args.clip)
+    clip, processor = (pretrained(kind, args.clip, "openai/clip-vit-large-patch14", "--clip")
+                       for kind in (CLIPModel, CLIPProcessor))
+    clip.to(device).eval()
     path = Path(args.aesthetic or "data/sac+logos+ava1-l14-linearMSE.pth")
     if not path.exists():
         common.download(AESTHETIC, path)
@@ -419,7 +422,7 @@ def parse_args(argv):
     parser.add_argument("--features", default="pixels", help="inception, dinov2, pixels, FILE [pixels]")
     parser.add_argument("--weights", help="file or folder of inception's or dinov2's weights [download]")
     parser.add_argument("--prompts", help="text file, a prompt a line, for text-to-image runs")
-    parser.add_argument("--clip", default="openai/clip-vit-large-patch14", help="folder or hub id")
+    parser.add_argument("--clip", help="folder or hub id [openai/clip-vit-large-patch14]")
     parser.add_argument("--aesthetic", help="LAION's predictor, a .pth file [download]")
     parser.add_argument("--write", action="store_true", help="write the samples to --out, as ADM's .npz")
     parser.add_argument("--toy", type=int, default=0, metavar="STEPS", help="compare everything on the toy")

@@ -15,7 +15,7 @@ same at every resolution. The two differ by sqrt(D) in g (and in c), which w(t) 
     python scm.py --dataset folder --data PATH --image_size 16 --mode diffusion --out out/teacher
     python scm.py --dataset folder --data PATH --image_size 16 --mode scd --teacher out/teacher --out out/scd
     python scm.py --sample 64 --nfe 2 --out out/scd
-    torchrun --nproc_per_node=8 scm.py --dataset cifar10 --mode diffusion
+    torchrun --nproc_per_node=8 scm.py --dataset imagenet512 --data data/imagenet512 --teacher out/teacher512
 """
 # ------------------------------------------------------------------------------------------------- imports
 import copy
@@ -32,10 +32,11 @@ from common import like
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config:
-    dataset: str = "gmm"  # gmm, shapes, folder, cifar10; some scripts imagenet64 (a folder, too)
+    dataset: str = "gmm"  # gmm, shapes, folder, cifar10; some scripts imagenet64 (a folder), imagenet512
     mode: str = "scd"  # training objective, see --help's first lines
     size: str = ""  # other size of the preset's network, such as M; "" = its own
-    data: str = ""  # folder with class subfolders, EDM-style zip (folder) or cifar-10-binary.tar.gz (cifar10)
+    data: str = ""  # class folders or EDM-style zip; cifar-10-binary.tar.gz (cifar10); latents (imagenet512)
+    vae: str = ""  # autoencoder of latents, a folder or hub id; "" = the dataset's own
     out: str = ""  # the run's folder; "" = out/<script>
     image_size: int = 0  # crop and resize images to this many pixels; 0 = as they are
     conditional: bool = False  # class-conditional network
@@ -64,7 +65,10 @@ class Config:
     emb_scale: float = 1.0  # highest frequency (positional), bandwidth (fourier)
     c_noise: Literal["t", "log"] = "t"  # what is embedded: t itself, or log(sigma)/4 as in EDM
     double_norm: bool = True  # adaptive double normalization; false = EDM2's modulation
+    norm_shift: bool = True  # double normalization scales and shifts; false = scales, as EDM2's layers
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the U-Net's torso
+    checkpointing: bool = False  # store no activations within blocks: less memory, a third more time
+    compile: bool = False  # torch.compile the passes that have no JVP
     sigma_d: float = 0.5  # standard deviation of the data
     seed: int = 0  # of weights, data, times and noise
     log_every: int = 100  # steps between lines of log.jsonl
@@ -72,6 +76,7 @@ class Config:
     sample_every: int = 10**9  # steps between sample pictures while training
     resume: bool = False  # go on from the last checkpoint in --out
     overwrite: bool = False  # replace the run in --out
+    dry_run: bool = False  # check data and teacher, print size, memory and cost; train nothing
     sample: int = 0  # draw this many samples from the run in --out, instead of training
     nfe: int = 1  # network evaluations a sample
     label: int = -1  # class to sample; -1 = all in turn
@@ -90,6 +95,8 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------- PRESETS
+EDM2 = dict(conditional=True, batch=2048, channels=192, channel_mult=(1, 2, 3, 4), blocks=3, eps=1e-11,
+            attention=(16, 8), norm_shift=False, save_every=1000, dtype="fp16")  # sizes differ in width
 PRESETS = {
     # DEPARTS: c = 1, no adaptive weighting. An exact teacher's residual vanishes as t -> 0; its inverse, the
     # optimal e^w, grows there without bound and drowns the large t. Data has a noise floor.
@@ -107,7 +114,30 @@ PRESETS = {
     ("cifar10", "diffusion"): dict(lr=1e-2, lr_warmup=20_000, lr_ref=35_000, optimizer="adam",
                                    dropout=0.13, P_mean=-1.2, P_std=1.2),  # EDM2's lr, for its U-Net
     ("cifar10", "sct"): dict(dropout=0.2),
+    # FID of 1 / 2 steps, S to XL: scd 2.97 / 2.07, 2.79 / 1.89, 2.43 / 1.70, 2.44 / 1.66; sct 3.23 / 2.93,
+    # 2.25 / 1.81, 2.08 / 1.57, 2.04 / 1.48; teacher 1.70, 1.55, 1.44, 1.38
+    "imagenet64": dict(EDM2, image_size=64, steps=400_000, lr_ref=35_000, P_std=1.6),
+    ("imagenet64", "diffusion"): dict(lr_warmup=4883, P_mean=-0.8),  # EDM2's 10 million images
+    ("imagenet64", "sct"): dict(dropout=0.45),
+    # scd: S 3.07 / 2.50 to XXL 2.28 / 1.88 at --guidance 1.5 (S) or 1.3, in 2 steps 1.4 (S) or 1.2
+    "imagenet512": dict(EDM2, steps=200_000, lr_ref=70_000, P_mean=-0.8, P_std=1.6, guidance_max=2.0),
+    ("imagenet512", "diffusion"): dict(lr_warmup=4883, P_mean=-0.4, P_std=1.0, label_dropout=0.1,
+                                       guidance_max=1.0),
+    ("imagenet512", "sct"): dict(steps=100_000, guidance_max=1.0),
 }
+TEACHERS = {  # EDM2: learning rate, dropout, the teacher's EMA width, 2^20 images
+    "imagenet64": dict(S=(1e-2, 0.0, 0.075, 1024), M=(9e-3, 0.1, 0.06, 2048), L=(8e-3, 0.1, 0.04, 1024),
+                       XL=(7e-3, 0.1, 0.04, 640)),
+    "imagenet512": dict(S=(1e-2, 0.0, 0.025, 2048), M=(9e-3, 0.1, 0.03, 2048), L=(8e-3, 0.1, 0.015, 1792),
+                        XL=(7e-3, 0.1, 0.02, 1280), XXL=(6.5e-3, 0.1, 0.015, 896))}
+for name, sizes in TEACHERS.items():
+    for size, (lr, dropout, width, images) in sizes.items():
+        PRESETS[name, size] = dict(channels=dict(S=192, M=256, L=320, XL=384, XXL=448)[size], lr=lr / 100)
+        PRESETS[name, size, "diffusion"] = dict(lr=lr, dropout=dropout, ema_sigma_rel=width,
+                                                steps=images * 2**20 // 2048)
+        if name == "imagenet512":  # "25 / 35 %" and "0 / 10 %" in the paper; here S has the lower ones
+            PRESETS[name, size, "sct"] = dict(dropout=0.25 if size == "S" else 0.35)
+            PRESETS[name, size, "scd"] = dict(dropout=0.0 if size == "S" else 0.1)
 
 
 # --------------------------------------------------------------------------------- process: times and noise
@@ -319,7 +349,10 @@ def main(argv=None):
     able = cfg.conditional and cfg.mode != "sct" and (cfg.guidance_max > 1) == (cfg.mode != "diffusion")
     if (cfg.guidance != 1 or cfg.guidance_max > 1) and not able:
         common.fail("guidance needs --conditional, and scd or dscd trained with --guidance_max, or diffusion")
-    common.write_samples(cfg, sample) if cfg.sample else train(cfg)
+    if cfg.sample:
+        common.write_samples(cfg, sample)
+    else:
+        common.dry_run(cfg) if cfg.dry_run else train(cfg)
 
 
 if __name__ == "__main__":

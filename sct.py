@@ -36,10 +36,11 @@ from common import like
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config:
-    dataset: str = "gmm"  # gmm, shapes, folder, cifar10; some scripts imagenet64 (a folder, too)
+    dataset: str = "gmm"  # gmm, shapes, folder, cifar10; some scripts imagenet64 (a folder), imagenet512
     mode: str = "sct"  # training objective, see --help's first lines
     size: str = ""  # other size of the preset's network, such as M; "" = its own
-    data: str = ""  # folder with class subfolders, EDM-style zip (folder) or cifar-10-binary.tar.gz (cifar10)
+    data: str = ""  # class folders or EDM-style zip; cifar-10-binary.tar.gz (cifar10); latents (imagenet512)
+    vae: str = ""  # autoencoder of latents, a folder or hub id; "" = the dataset's own
     out: str = ""  # the run's folder; "" = out/<script>
     image_size: int = 0  # crop and resize images to this many pixels; 0 = as they are
     conditional: bool = False  # class-conditional network
@@ -68,7 +69,10 @@ class Config:
     emb_scale: float = 1.0  # highest frequency (positional), bandwidth (fourier)
     c_noise: Literal["t", "log"] = "t"  # what is embedded: t itself, or log(sigma)/4 as in EDM
     double_norm: bool = True  # adaptive double normalization; false = EDM2's modulation
+    norm_shift: bool = True  # double normalization scales and shifts; false = scales, as EDM2's layers
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the U-Net's torso
+    checkpointing: bool = False  # store no activations within blocks: less memory, a third more time
+    compile: bool = False  # torch.compile the passes that have no JVP
     sigma_d: float = 0.5  # standard deviation of the data
     seed: int = 0  # of weights, data, times and noise
     log_every: int = 100  # steps between lines of log.jsonl
@@ -76,6 +80,7 @@ class Config:
     sample_every: int = 10**9  # steps between sample pictures while training
     resume: bool = False  # go on from the last checkpoint in --out
     overwrite: bool = False  # replace the run in --out
+    dry_run: bool = False  # check data and teacher, print size, memory and cost; train nothing
     sample: int = 0  # draw this many samples from the run in --out, instead of training
     nfe: int = 1  # network evaluations a sample
     label: int = -1  # class to sample; -1 = all in turn
@@ -350,7 +355,10 @@ def main(argv=None):
         common.fail("--q must be above 1, as t - s shrinks by it, and --c above 0")
     if cfg.guidance != 1 and cfg.guide == "label" and not (cfg.conditional and cfg.label_dropout):
         common.fail("--guide label needs a run with --conditional and --label_dropout")
-    common.write_samples(cfg, sample) if cfg.sample else train(cfg)
+    if cfg.sample:
+        common.write_samples(cfg, sample)
+    else:
+        common.dry_run(cfg) if cfg.dry_run else train(cfg)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from PIL import Image
 
 import common
 import direct_cm
+import eval as evaluation
 import scm
 
 
@@ -188,3 +189,40 @@ def test_bad_input(words, captioned, capsys, folder):
     (captioned / "5.txt").unlink()
     fails("caption")
     assert not Path("run/config.json").exists() and np.all([p.exists() for p in captioned.glob("*.png")])
+
+
+def test_eval_scores_images_and_text(words, pipeline, tmp_path):
+    """eval.py draws an SDXL run from prompts, whatever the batch; CLIP's and LAION's scores by their definition."""
+    tokenizer = transformers.CLIPTokenizer(f"{pipeline}/vocab.json", f"{pipeline}/merges.txt", model_max_length=16)
+    sizes = dict(hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2)
+    text = sizes | dict(bos_token_id=0, eos_token_id=1, pad_token_id=1, vocab_size=len(tokenizer), max_position_embeddings=16)
+    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, projection_dim=16,
+                                                          vision_config=sizes | dict(image_size=16, patch_size=8)))
+    crop = dict(height=16, width=16)
+    shrink = transformers.CLIPImageProcessor(size=dict(shortest_edge=16), crop_size=crop)
+    for part in (clip, transformers.CLIPProcessor(shrink, tokenizer)):
+        part.save_pretrained("clip")
+    shapes = {0: (8, 16), 2: (6, 8), 4: (5, 6), 6: (4, 5), 7: (1, 4)}
+    state = {f"layers.{i}.weight": torch.randn(shape) for i, shape in shapes.items()}
+    torch.save(state | {f"layers.{i}.bias": torch.randn(shape[0]) for i, shape in shapes.items()}, "laion.pth")
+    (tmp_path / "prompts.txt").write_text("a disc\na square\n\na pentagon\n")
+    direct_cm.main([*words, "--out", "xl", "--mode", "cm", "--steps", "1"])
+    flags = ["xl", "--prompts", "prompts.txt", "--nfe", "2", "--clip", "clip", "--aesthetic", "laion.pth", "--write",
+             "--reference", str(tmp_path / "captioned")]
+    for batch in ("2", "3"):
+        evaluation.main([*flags, "--batch", batch, "--out", f"batch{batch}"])
+    a, b = (json.loads((tmp_path / f"batch{batch}" / "eval.json").read_text())[0] for batch in "23")
+    images = torch.from_numpy(np.load("batch3/xl-2nfe.npz")["arr_0"]).permute(0, 3, 1, 2)
+    inputs = shrink(images=list(images), return_tensors="pt")
+    with torch.no_grad():
+        seen = torch.nn.functional.normalize(clip.get_image_features(**inputs).pooler_output)
+        read = [clip.get_text_features(torch.tensor([tokenizer(p).input_ids])).pooler_output
+                for p in ("a disc", "a square", "a pentagon")]
+        cosines = (seen * torch.nn.functional.normalize(torch.cat(read))).sum(1)
+        layers = [torch.nn.Linear(*shape[::-1]) for shape in shapes.values()]
+        for i, layer in zip(shapes, layers):
+            layer.weight.data, layer.bias.data = state[f"layers.{i}.weight"], torch.load("laion.pth")[f"layers.{i}.bias"]
+        quality = torch.nn.Sequential(*layers)(seen)
+    assert b["clip_score"] == pytest.approx(float(cosines.mean()), abs=1e-5) and b["n"] == 3
+    assert b["aesthetic_score"] == pytest.approx(float(quality.mean()), rel=1e-4)
+    assert a["clip_score"] == pytest.approx(b["clip_score"], abs=1e-3)

@@ -1,0 +1,261 @@
+"""The paper-scale path at tiny size: presets, sizes, latents, half precision, several processes, a dry run."""
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import common
+import scm
+
+PAPER = {  # sCM, App. G: dataset, mode, size -> what the paper's tables say
+    ("imagenet64", "diffusion", "S"): dict(lr=1e-2, P_mean=-0.8, P_std=1.6, ema_sigma_rel=0.075, dropout=0.0),
+    ("imagenet64", "diffusion", "XL"): dict(lr=7e-3, ema_sigma_rel=0.04, dropout=0.1, lr_ref=35_000),
+    ("imagenet64", "scd", "M"): dict(lr=9e-5, P_mean=-1.0, P_std=1.6, steps=400_000, lr_ref=35_000, dropout=0.0),
+    ("imagenet64", "sct", "L"): dict(lr=8e-5, dropout=0.45, eps=1e-11, beta2=0.99, ema_sigma_rel=0.05),
+    ("imagenet512", "diffusion", "XXL"): dict(lr=6.5e-3, P_mean=-0.4, P_std=1.0, label_dropout=0.1, ema_sigma_rel=0.015),
+    ("imagenet512", "scd", "XXL"): dict(lr=6.5e-5, P_mean=-0.8, P_std=1.6, steps=200_000, guidance_max=2.0, lr_ref=70_000),
+    ("imagenet512", "sct", "S"): dict(lr=1e-4, steps=100_000, guidance_max=1.0, tangent_c=0.1, warmup=10_000),
+}
+
+
+def config(*words):
+    return common.parse_args(scm.Config, scm.PRESETS, scm.LOSSES, [str(w) for w in words])
+
+
+@pytest.mark.parametrize("run", PAPER, ids="-".join)
+def test_presets_are_the_papers(run):
+    """Learning rates, noise, dropout, EMA, iterations; batch 2048 in half precision throughout."""
+    dataset, mode, size = run
+    cfg = config("--dataset", dataset, "--mode", mode, "--size", size)
+    expected = PAPER[run] | dict(batch=2048, dtype="fp16", blocks=3, optimizer="adam")
+    assert {name: getattr(cfg, name) for name in expected} == pytest.approx(expected)
+    assert cfg.channel_mult == (1, 2, 3, 4) and cfg.attention == (16, 8) and cfg.conditional
+
+
+@pytest.mark.parametrize("size, millions", dict(S=280.2, M=497.8, L=777.6, XL=1119.4, XXL=1523.4).items())
+def test_sizes_are_the_papers(size, millions):
+    """Parameters of the U-Net, to within the heads, without memory (device meta)."""
+    cfg = config("--dataset", "imagenet512", "--size", size)
+    data = type("Data", (), dict(shape=(4, 64, 64), classes=1000))
+    with torch.device("meta"):
+        net = common.network(cfg, data, guidance=True)
+    body = sum(p.numel() for name, p in net.named_parameters() if "head" not in name and "guidance" not in name)
+    assert body / 1e6 == pytest.approx(millions, abs=0.3)
+
+
+@pytest.fixture
+def vae():
+    """Folder of a tiny AutoencoderKL: 16 x 16 pixels <-> 4 x 8 x 8 latents."""
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        block_out_channels=[32, 32], down_block_types=["DownEncoderBlock2D"] * 2, norm_num_groups=8,
+        up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, sample_size=16).save_pretrained("vae")
+    return "vae"
+
+
+def encode(folder, *flags):
+    common.encode_latents(["--src", str(folder), "--vae", "vae", "--image_size", "16", "--batch", "5", *flags])
+
+
+def latents(data, **kw):
+    return common.Latents(scm.Config(dataset="imagenet512", data=str(data), vae="vae", conditional=True, **kw))
+
+
+def test_latents_are_the_autoencoders(folder, vae):
+    """Mean and deviation in float16, of pixels in [-1, 1]; samples are normalized by the paper's numbers."""
+    encode(folder, "--out", "latents")
+    data, net = latents("latents"), diffusers.AutoencoderKL.from_pretrained("vae")
+    names, labels, read = common.list_images(folder)
+    x = torch.from_numpy(np.stack([common.decode(name, read, 16) for name in names])).float() / 127.5 - 1
+    with torch.no_grad():
+        posterior = net.encode(x).latent_dist
+    found = data.rows(np.arange(24))
+    assert torch.allclose(found[:, :4], posterior.mean, atol=1e-2) and torch.allclose(found[:, 4:], posterior.std, rtol=1e-2)
+    assert data.shape == (4, 8, 8) and data.labels.tolist() == list(labels)
+    gen = common.Draw(0, 0, 0, 64)
+    x0, y = data.batch(gen)
+    gen = common.Draw(0, 0, 0, 64)
+    mean, std = data.rows(gen.index(24).numpy()).chunk(2, 1)
+    z = mean + std * gen.normal(4, 8, 8)
+    shift, scale = (torch.tensor(v).view(4, 1, 1) for v in ([1.56, -.695, .483, .729], [5.27, 5.91, 4.21, 4.31]))
+    assert torch.allclose(x0, (z - shift) * 0.5 / scale, atol=1e-6) and len(y) == 64
+
+
+def test_decoding_undoes_the_normalization(vae):
+    """x0 -> latent -> pixels, for this repository's latents (pixels in [-1, 1]) and for EDM2's (in [0, 1])."""
+    z, net = 3 * torch.randn(2, 4, 8, 8), diffusers.AutoencoderKL.from_pretrained("vae")
+    with torch.no_grad():
+        pixels = net.decode(z).sample
+    for data, (low, high) in (("latents", (-1, 1)), ("latents.zip", (0, 1))):
+        cfg = scm.Config(dataset="imagenet512", data=data, vae="vae")
+        _, _, shift, scale = common.latent_space(cfg, "cpu")
+        found = common.to_uint8((z - shift) * 0.5 / scale, cfg)
+        expected = ((pixels - low) / (high - low) * 255).clamp(0, 255)
+        assert (found - expected).abs().max() <= 1
+
+
+def test_edm2s_zip_of_latents():
+    """float32 (8, h, w) .npy and dataset.json; normalized by EDM2's own numbers."""
+    rows = np.random.default_rng(0).normal(size=(6, 8, 4, 4)).astype(np.float32)
+    with zipfile.ZipFile("edm2.zip", "w") as archive:
+        names = [f"00000/img-mean-std-{i:08d}.npy" for i in range(6)]
+        for name, row in zip(names, rows):
+            buffer = io.BytesIO()
+            np.save(buffer, row)
+            archive.writestr(name, buffer.getvalue())
+        archive.writestr("dataset.json", json.dumps(dict(labels=[[name, i % 3] for i, name in enumerate(names)])))
+    data = latents("edm2.zip")
+    assert np.array_equal(data.rows([4, 1]), rows[[4, 1]]) and data.classes == 3
+    assert common.latent_space(data.cfg, "cpu")[2].flatten().tolist() == pytest.approx([5.81, 3.25, 0.12, -2.15])
+
+
+def test_encoding_goes_on_after_a_kill(folder, vae, monkeypatch, capsys):
+    """What is done is not done again, also with two processes; unfinished latents are not read."""
+    encode(folder, "--out", "whole")
+    decode, count = common.decode, []
+
+    def dies(name, *rest):
+        count.append(name)
+        if len(count) == 13:
+            raise KeyboardInterrupt
+        return decode(name, *rest)
+    monkeypatch.setattr(common, "decode", dies)
+    with pytest.raises(KeyboardInterrupt):
+        encode(folder, "--out", "parts")
+    with pytest.raises(SystemExit):
+        latents("parts")
+    assert "or not all" in capsys.readouterr().err
+    monkeypatch.setattr(common, "decode", decode)
+    done = np.load("parts/done.npy")
+    assert 0 < done.sum() < 24
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", common.__file__]
+    flags = ["latents", "--src", str(folder), "--vae", "vae", "--image_size", "16", "--batch", "5", "--out", "parts"]
+    subprocess.run([*command, *flags], check=True, capture_output=True)
+    assert np.array_equal(np.load("parts/moments.npy"), np.load("whole/moments.npy"))
+    with pytest.raises(SystemExit):
+        encode(folder, "--out", "parts", "--image_size", "8")
+    assert "begun from other" in capsys.readouterr().err
+
+
+def test_checkpointing_changes_no_gradient(nets):
+    """Also with dropout: the second pass draws the masks of the first."""
+    _, net = nets(dropout=0.3)
+    x, t = torch.randn(2, 3, 8, 8).double(), torch.tensor([0.3, 1.2]).double()
+    grads = []
+    for net.checkpointing in (False, True):
+        torch.manual_seed(0)
+        net.zero_grad()
+        net(x, t).square().sum().backward()
+        grads.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads)) and len(grads[0]) == len(grads[1]) > 10
+
+
+def test_compiled_passes_learn_the_same(train, folder):
+    """--compile leaves the weights after three steps alone, to float tolerance."""
+    flags = ["--dataset", "folder", "--data", folder, "--channels", 8, "--blocks", 1, "--batch", 8, "--steps", 3, "--mode", "sct"]
+    a, b = train(*flags, "--out", "a"), train(*flags, "--out", "b", "--compile")
+    assert all(torch.allclose(a["net"][k], b["net"][k], atol=1e-4) for k in a["net"])
+
+
+def test_dry_run_allocates_nothing_and_checks(folder, capsys):
+    """Parameters, FLOPs and memory are printed; no file is written; a missing teacher is found."""
+    flags = ["--dataset", "folder", "--data", str(folder), "--dry_run"]
+    scm.main([*flags, "--mode", "sct"])
+    text = capsys.readouterr().out
+    net = common.network(config(*flags[:4]), common.dataset(config(*flags[:4])))
+    assert f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters" in text and "GFLOP" in text
+    assert not Path("out").exists()
+    with pytest.raises(SystemExit):
+        scm.main([*flags, "--teacher", "nowhere"])
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_flops_of_a_linear_layer(capsys):
+    """2 x inputs x outputs for the MLP's matrices, by hand."""
+    scm.main(["--dry_run", "--channels", "32", "--blocks", "1"])
+    n = 32
+    by_hand = 2 * (2 * n + n * 2 * n + n * n + n * n + n * 2 + 64 * n + 128)  # in, modulate, inner, outer, out, time, head
+    printed = float(capsys.readouterr().out.split("parameters; ")[1].split(" GFLOP")[0])
+    assert printed * 1e9 == pytest.approx(by_hand, rel=0.1)
+
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", scm.__file__]
+TOY = ["--channels", "16", "--batch", "64", "--out", "toy"]
+
+
+def test_resume_with_another_number_of_processes(train, capsys):
+    """Goes on, to float tolerance as the unbroken run, and says that it is not bit for bit."""
+    whole = train(*TOY[:-1], "whole", "--steps", 6)
+    subprocess.run([*LAUNCH, *TOY, "--steps", "3"], check=True, capture_output=True)
+    capsys.readouterr()
+    found = train(*TOY, "--steps", 6, "--resume")
+    assert "not bit for bit" in capsys.readouterr().out and found["step"] == 6
+    worst = max((found["net"][k] - whole["net"][k]).abs().max() for k in whole["net"])
+    assert worst < 1e-2  # the learning rate falls towards the last step, which the first three took for 3
+
+
+def test_a_dying_process_ends_the_job():
+    """Killed from outside, one of two takes the other with it, and torchrun names the signal."""
+    job = subprocess.Popen([*LAUNCH, *TOY, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
+    while not Path("toy/log.jsonl").exists() or not Path("toy/log.jsonl").stat().st_size:
+        time.sleep(0.1)
+    child = int(Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()[-1])
+    os.kill(child, signal.SIGKILL)
+    _, text = job.communicate(timeout=60)
+    assert job.returncode and "SIGKILL" in text or "-9" in text
+
+
+class Command:
+    """In a pickle: calls `function` on unpickling, unless nobody lets it."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
+def hostile(kind):
+    touch = Command(os.system, "touch touched")
+    if kind == "storage":  # a pickle in torch's old format, inside a tensor's storage
+        buffer = io.BytesIO()
+        torch.save(touch, buffer, _use_new_zipfile_serialization=False)
+        return Command(torch.storage._load_from_bytes, buffer.getvalue())
+    return dict(system=touch, code=Command(eval, "__import__('os').system('touch touched')"),
+                array=np.array([touch], dtype=object), nested=dict(ema=[(touch,)]))[kind]
+
+
+@pytest.mark.parametrize("kind", ["system", "code", "array", "nested", "storage"])
+def test_hostile_pickles_run_nothing(kind):
+    """Whatever they name is not called: a touched file would betray it."""
+    with open("x.pkl", "wb") as file:
+        pickle.dump(hostile(kind), file)
+    try:
+        common.read_pickle("x.pkl")
+    except SystemExit as error:
+        assert error.code == 2
+    assert not Path("touched").exists()
+
+
+def test_harmless_pickles_load():
+    """Tensors, half-precision parameters and arrays in every protocol; classes as Records."""
+    x = dict(a=np.arange(6.0).reshape(2, 3), t=torch.arange(6.0).view(2, 3)[:, 1:],
+             p=torch.nn.Parameter(torch.randn(3).half()), s=np.float64(2.5), net=torch.nn.Linear(2, 2))
+    for protocol in (2, 4, 5):
+        with open("x.pkl", "wb") as file:
+            pickle.dump(x, file, protocol)
+        found = common.read_pickle("x.pkl")
+        assert np.array_equal(found["a"], x["a"]) and torch.equal(found["t"], x["t"]) and found["s"] == 2.5
+        assert torch.equal(found["p"], x["p"].data) and isinstance(found["net"], common.Record)
+        assert torch.equal(found["net"].state["_parameters"]["weight"], x["net"].weight.data)
