@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as tnf
 import torch.utils.checkpoint
+from torch.autograd import forward_ad
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
@@ -934,8 +935,104 @@ def jvp(net, primals, tangents):
 
 
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(c)) v for (B, heads, N, c), written out: PyTorch's fused kernels have no JVP."""
-    return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1) @ v
+    """softmax(q k^T / sqrt(c)) v for (B, heads, N, c): by PyTorch's fused kernels, which have no JVP; under a
+    JVP by one pass of our own for output and tangent together."""
+    duals = [forward_ad.unpack_dual(x) for x in (q, k, v)]
+    if all(x.tangent is None for x in duals):
+        return tnf.scaled_dot_product_attention(q, k, v)
+    tangents = [torch.zeros_like(x.primal) if x.tangent is None else x.tangent for x in duals]
+    return forward_ad.make_dual(*AttentionJVP.apply(*(x.primal for x in duals), *tangents))
+
+
+class AttentionJVP(torch.autograd.Function):
+    """Output and tangent; a Function, so that the kernel sees plain tensors and not functorch's wrappers."""
+
+    @staticmethod
+    def forward(q, k, v, tq, tk, tv):
+        fast = q.is_cuda and q.shape[-1] in (16, 32, 64, 128) and q.dtype != torch.float64
+        if (fast or os.environ.get("TRITON_INTERPRET")) and attention_kernel():
+            return attention_triton(q, k, v, tq, tk, tv)
+        return attention_blocks(q, k, v, tq, tk, tv)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass  # has no derivative of its own: common.jvp builds no graph
+
+
+def attention_blocks(q, k, v, tq, tk, tv, block=256):
+    """(O, tO) from (B, heads, N, c) and tangents, by online softmax over blocks of keys, in O(N) memory (sCM,
+    App. F).
+
+    S = q k^T / sqrt(c), P = softmax S, O = P v, tO = P tv + (P tS) v - rowsum(P tS) O; float32 or wider."""
+    kind, wide, scale = q.dtype, torch.promote_types(q.dtype, torch.float32), q.shape[-1] ** -0.5
+    q, k, v, tq, tk, tv = (x.to(wide) for x in (q, k, v, tq, tk, tv))
+    top, total, mu, O, tO = q.new_full((*q.shape[:3], 1), -math.inf), 0, 0, 0, 0
+    for k_j, v_j, tk_j, tv_j in zip(*(x.split(block, dim=2) for x in (k, v, tk, tv))):
+        S, tS = q @ k_j.mT * scale, (tq @ k_j.mT + q @ tk_j.mT) * scale  # (B, heads, N, block)
+        top, old = torch.maximum(top, S.amax(3, keepdim=True)), top
+        P, decay = (S - top).exp(), (old - top).exp()
+        PtS = P * tS
+        total, mu = total * decay + P.sum(3, keepdim=True), mu * decay + PtS.sum(3, keepdim=True)
+        O, tO = O * decay + P @ v_j, tO * decay + P @ tv_j + PtS @ v_j
+    O = O / total
+    return O.to(kind), (tO / total - mu / total * O).to(kind)
+
+
+def attention_triton(q, k, v, tq, tk, tv):
+    """attention_blocks as one kernel on the GPU."""
+    O, tO, (b, heads, n, c), rows = torch.empty_like(q), torch.empty_like(q), q.shape, 64
+    O, tO, *inputs = (x.contiguous() for x in (O, tO, q, k, v, tq, tk, tv))
+    precision = "ieee" if q.dtype == torch.float32 else "tf32"  # of float32 products
+    columns = 32 if c > 64 or q.dtype == torch.float32 else 64
+    attention_kernel()[-(-n // rows), b * heads](*inputs, O, tO, n, c**-0.5, c, rows, columns, precision)
+    return O, tO
+
+
+@functools.cache
+def attention_kernel():
+    """Triton's kernel; None if Triton is not there."""
+    global tl
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    @triton.jit
+    def kernel(q_ptr, k_ptr, v_ptr, tq_ptr, tk_ptr, tv_ptr, O_ptr, tO_ptr, n, scale, c: tl.constexpr,
+               rows: tl.constexpr, columns: tl.constexpr, precision: tl.constexpr):
+        base = tl.program_id(1).to(tl.int64) * n * c                       # of this head
+        i, j, d = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, columns), tl.arange(0, c)
+        at = base + i[:, None] * c + d[None, :]                            # (rows, c)
+        q = tl.load(q_ptr + at, mask=i[:, None] < n, other=0.0)
+        tq = tl.load(tq_ptr + at, mask=i[:, None] < n, other=0.0)
+        top = tl.full([rows], -float("inf"), tl.float32)
+        total, mu = tl.zeros([rows], tl.float32), tl.zeros([rows], tl.float32)
+        O, tO = tl.zeros([rows, c], tl.float32), tl.zeros([rows, c], tl.float32)
+        for start in range(0, n, columns):
+            inside = start + j < n
+            at_j = base + (start + j)[:, None] * c + d[None, :]            # (columns, c)
+            k = tl.trans(tl.load(k_ptr + at_j, mask=inside[:, None], other=0.0))
+            tk = tl.trans(tl.load(tk_ptr + at_j, mask=inside[:, None], other=0.0))
+            v = tl.load(v_ptr + at_j, mask=inside[:, None], other=0.0)
+            tv = tl.load(tv_ptr + at_j, mask=inside[:, None], other=0.0)
+            S = tl.dot(q, k, input_precision=precision) * scale
+            tS = (tl.dot(tq, k, input_precision=precision) + tl.dot(q, tk, input_precision=precision)) * scale
+            S = tl.where(inside[None, :], S, -float("inf"))
+            new = tl.maximum(top, tl.max(S, 1))
+            P, decay = tl.exp(S - new[:, None]), tl.exp(top - new)
+            PtS = P * tS
+            total, mu = total * decay + tl.sum(P, 1), mu * decay + tl.sum(PtS, 1)
+            p, pts = P.to(v.dtype), PtS.to(v.dtype)
+            O = O * decay[:, None] + tl.dot(p, v, input_precision=precision)
+            tO = tO * decay[:, None] + tl.dot(p, tv, input_precision=precision)
+            tO += tl.dot(pts, v, input_precision=precision)
+            top = new
+        O = O / total[:, None]
+        tO = tO / total[:, None] - (mu / total)[:, None] * O
+        tl.store(O_ptr + at, O.to(O_ptr.dtype.element_ty), mask=i[:, None] < n)
+        tl.store(tO_ptr + at, tO.to(tO_ptr.dtype.element_ty), mask=i[:, None] < n)
+    return kernel
 
 
 # ---------------------------------- 6. run: processes, optimizer, EMA, checkpoints, log, pictures, metrics

@@ -2,6 +2,7 @@
 
     python tests/bench.py [fp32|bf16]
     python tests/bench.py direct        Direct CM's target: samples fed only while under way, over all fed always
+    python tests/bench.py --attention   attention and its tangent, over PyTorch's attention without a tangent
 
 The floor counts network passes: a forward pass 1, its backward 2, a JVP 2 (primal and tangent), the teacher 1.
 diffusion = 3, sct = 1 + 2 + 2 = 5, scd = 6. Objectives take turns, so that a busy machine slows all alike; the
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.attention
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
@@ -85,5 +87,46 @@ def direct():
     print(f"{device}: {ratio:.2f} of the time; {t.sum().item() / 50 / (32 * 20):.2f} of the samples fed")
 
 
+def attention():
+    """Output and tangent for 8 heads of 64 channels, over the plain forward pass, whose flops a JVP needs three
+    times; memory is what a call allocates beside its result and arguments (GPU alone)."""
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.float16) if cuda else ("cpu", torch.float32)
+    plain, math = torch.nn.functional.scaled_dot_product_attention, torch.nn.attention.SDPBackend.MATH
+
+    def by_math(*x):
+        with torch.nn.attention.sdpa_kernel(math):
+            return plain(*x)
+    jvps = {"common.attention": common.attention, "SDPA's math backend": by_math}
+    try:
+        from jvp_flash_attention.jvp_attention import JVPAttn
+        jvps["jvp_flash_attention"] = JVPAttn.fwd_dual
+    except ImportError:
+        pass
+    print(f"{device}, {dtype}\n| tokens | | ms | / plain | MiB |\n| --- | --- | --- | --- | --- |")
+    for n in (256, 1024, 4096):
+        x = [torch.randn(2 if cuda else 1, 8, n, 64, device=device, dtype=dtype) for _ in range(6)]
+        calls = {"plain forward": lambda: plain(*x[:3])}
+        calls |= {name: lambda f=f: torch.func.jvp(f, tuple(x[:3]), tuple(x[3:])) for name, f in jvps.items()}
+        times, memory = {name: [] for name in calls}, {}
+        for _ in range(7):  # the first is to warm up
+            for name, call in calls.items():
+                if cuda:
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                began = time.perf_counter()
+                with torch.no_grad():
+                    call()
+                if cuda:
+                    torch.cuda.synchronize()
+                    memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+                times[name].append(time.perf_counter() - began)
+        median = {name: statistics.median(values[1:]) for name, values in times.items()}
+        for name, seconds in median.items():
+            size = f"{memory[name]:.1f}" if cuda else ""
+            print(f"| {n} | {name} | {1000 * seconds:.2f} | {seconds / median['plain forward']:.1f} | {size} |")
+
+
 if __name__ == "__main__":
-    direct() if sys.argv[1:] == ["direct"] else main()
+    {("direct",): direct, ("--attention",): attention}.get(tuple(sys.argv[1:]), main)()

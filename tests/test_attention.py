@@ -1,0 +1,105 @@
+"""Attention with a JVP: output and tangent of one online pass against PyTorch's own math in float64."""
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import common
+
+
+def oracle(q, k, v):
+    return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1) @ v
+
+
+def inputs(n=100, c=16, keys=None, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 3, n, c, generator=g, dtype=torch.float64) for _ in range(6)]
+
+
+def error(a, b):
+    return float((a.double() - b).norm() / b.norm())
+
+
+def both(function, x, dtype):
+    with torch.no_grad():
+        return torch.func.jvp(function, *(tuple(v.to(dtype) for v in part) for part in (x[:3], x[3:])))
+
+
+@pytest.mark.parametrize("n, dtype, bound", [(100, torch.float32, 1e-5), (700, torch.float32, 1e-5), (1, torch.float32, 1e-5),
+                                             (513, torch.float16, 2e-3), (513, torch.bfloat16, 2e-2)])
+def test_output_and_tangent(n, dtype, bound):
+    """Any number of tokens, also more than one block of keys; large logits, too."""
+    x = [v.to(dtype).double() for v in inputs(n)]
+    x[0] *= 4
+    for found, expected in zip(both(common.attention, x, dtype), both(oracle, x, torch.float64)):
+        assert found.dtype == dtype and error(found, expected) < bound
+
+
+def test_missing_tangents():
+    """q alone moves: the tangents of k and v count as zero."""
+    q, k, v, tq, *_ = inputs()
+    with torch.no_grad():
+        found = torch.func.jvp(lambda q: common.attention(q, k, v), (q,), (tq,))
+        expected = torch.func.jvp(lambda q: oracle(q, k, v), (q,), (tq,))
+    assert all(error(a, b) < 1e-12 for a, b in zip(found, expected))
+
+
+def test_ordinary_pass_has_gradients():
+    """Without a tangent it is PyTorch's attention, with the gradient of the formula."""
+    x = [v.requires_grad_() for v in inputs()[:3]]
+    grads = [torch.autograd.grad(f(*x).sin().sum(), x) for f in (common.attention, oracle)]
+    assert all(error(a, b) < 1e-10 for a, b in zip(*grads))
+
+
+def test_memory_is_linear():
+    """No tensor of the pass has N^2 elements: the largest grows with N."""
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.size = max([self.size] + [v.numel() for v in (out if isinstance(out, (list, tuple)) else [out])
+                                           if isinstance(v, torch.Tensor)])
+            return out
+    sizes = []
+    for n in (1024, 2048):
+        with Largest() as largest:
+            common.attention_blocks(*(v[:1, :1].float() for v in inputs(n)))
+        sizes.append(largest.size)
+    assert sizes[1] <= 2 * sizes[0] and sizes[1] < 2048**2
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {root!r}); sys.path.insert(0, {root!r} + "/tests")
+import common, test_attention as t
+assert common.attention_kernel() is not None
+for n, c, dtype, bound in ((70, 16, torch.float32, 1e-5), (130, 64, torch.float32, 1e-5), (70, 32, torch.float16, 2e-3)):
+    x = [v.to(dtype).double() for v in t.inputs(n, c)]
+    common.attention_blocks = None  # the kernel, and nothing else
+    for found, expected in zip(t.both(common.attention, x, dtype), t.both(t.oracle, x, torch.float64)):
+        assert t.error(found, expected) < bound, (n, c, dtype, t.error(found, expected))
+print("fine")
+"""
+
+
+def test_triton_kernel_in_the_interpreter():
+    """The GPU's kernel, run by Triton's interpreter on the CPU."""
+    pytest.importorskip("triton")
+    env = os.environ | dict(TRITON_INTERPRET="1")
+    code = SCRIPT.format(root=str(Path(common.__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "fine" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("n, dtype, bound", [(256, torch.float32, 1e-5), (1000, torch.float16, 2e-3)])
+def test_triton_kernel_on_the_gpu(n, dtype, bound):
+    x = [v.to("cuda", dtype).double() for v in inputs(n, 64)]
+    for found, expected in zip(both(common.attention, x, dtype), both(oracle, x, torch.float64)):
+        assert error(found, expected) < bound
