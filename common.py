@@ -1065,6 +1065,8 @@ def read_checkpoint(path):
     if not path.exists():
         inside = [str(p.parent) for p in sorted(path.parent.glob("*/ckpt.pt"))]
         fail(f"no checkpoint at {path}" + (f"; there are runs in {', '.join(inside)}" if inside else ""))
+    if path.suffix == ".pkl":
+        return read_edm(path)
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, by where the damage is
@@ -1117,6 +1119,54 @@ def read_pickle(path):
         fail(f"cannot read {path}: {type(error).__name__}: {str(error)[:100]}")
 
 
+def module_tensors(record, prefix=""):
+    """{name: tensor} and constructor's arguments of a module that read_pickle has made a Record."""
+    state = record.args[0]["state"] if record.state is None else record.state  # of EDM's classes; of torch's
+    found = {prefix + k: v for k, v in {**state["_parameters"], **state["_buffers"]}.items() if v is not None}
+    for name, child in state["_modules"].items():
+        found |= module_tensors(child, f"{prefix}{name}.")[0]
+    return found, state.get("_init_kwargs", {})
+
+
+EDM2_NAMES = {"emb_gain": "modulate.gain", "emb_linear": "modulate.linear", "conv_res0": "conv0",
+              "conv_res1": "conv1", "conv_skip": "skip", "attn_qkv": "qkv", "attn_proj": "proj"}
+
+
+def read_edm(path):
+    """A snapshot of EDM2 (dict with `ema`) in the form of our checkpoints. The U-Net is the same; F has the
+    other sign, phases are subtracted, and blocks are counted in the order in which they run."""
+    try:
+        state, kw = module_tensors(read_pickle(path)["ema"])
+        kw = dict(label_dim=0, model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3,
+                  attn_resolutions=(16, 8), sigma_data=0.5) | kw  # EDM2's defaults
+        options = dict(shape=(kw["img_channels"], *[kw["img_resolution"]] * 2), classes=kw["label_dim"],
+                       channels=kw["model_channels"], channel_mult=tuple(kw["channel_mult"]),
+                       blocks=kw["num_blocks"], attention=tuple(kw["attn_resolutions"]),
+                       sigma_d=kw["sigma_data"], emb="fourier", c_noise="log", double_norm=False, head=False)
+        weights = {"cond.embed.freq": state.pop("unet.emb_fourier.freqs"),
+                   "cond.embed.phase": -state.pop("unet.emb_fourier.phases"),
+                   "out_gain": -state.pop("unet.out_gain")}
+        blocks = dict(enc=["first"], dec=["mid.0", "mid.1"])  # where the next ones go
+        blocks["enc"] += [f"enc.{i}" for i in range(99)]
+        blocks["dec"] += [f"dec.{i}" for i in range(99)]
+        place, single = {}, dict(emb_noise="cond.linear", emb_label="cond.label", out_conv="last")
+        for name, value in state.items():
+            part, *rest = name.removeprefix("unet.").split(".")
+            if part in blocks:
+                if (part, rest[0]) not in place:
+                    place[part, rest[0]] = blocks[part].pop(0)
+                rest[0] = place[part, rest[0]]
+                rest[1:2] = [EDM2_NAMES.get(rest[1], rest[1])]
+                weights[".".join(rest)] = value
+            elif not part.startswith("logvar"):  # the loss's own head
+                weights[single[part] + ".weight"] = value
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        fail(f"{path} is no snapshot of EDM2 ({type(error).__name__}: {error})")
+    config = {k: v for k, v in options.items() if k in NET_FIELDS} | dict(conditional=options["classes"] > 0)
+    weights = {k: v.float() for k, v in weights.items()}
+    return dict(script="edm2", config=config, options=options, net=weights, ema=weights, step=0)
+
+
 def load_net(path, data=None):
     """EMA network of a run, frozen, in eval mode; ends the program if it does not fit the data."""
     ckpt = read_checkpoint(path)
@@ -1149,8 +1199,13 @@ def load_init(net, cfg, data):
     """Start net from the EMA of --init or --teacher. The weighting head, part of the loss, starts anew."""
     path = init_path(vars(cfg))
     if path:
-        state, old = net.state_dict(), load_net(path, data).state_dict()
+        source = load_net(path, data)
+        state, old = net.state_dict(), source.state_dict()
         new = {k for k in state if ".head_" in k or ".guidance" in k and k not in old}
+        for options, parts in ((("emb", "emb_scale", "c_noise"), "cond.embed. cond.linear."),
+                               (("double_norm", "norm_shift"), ".modulate.")):  # another form: learned anew
+            if any(source.options.get(k) not in (None, net.options[k]) for k in options):
+                new |= {k for k in state.keys() | old.keys() for part in parts.split() if part in k}
         keep = {k for k in state.keys() | old.keys() if k not in new and ".head_" not in k}
         for k in sorted(keep):
             if k not in state or k not in old or state[k].shape != old[k].shape:

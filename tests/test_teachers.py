@@ -1,0 +1,242 @@
+"""Foreign teachers: snapshots of EDM2 in the published layout, read without their code, give EDM2's denoiser."""
+import math
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as tnf
+
+import common
+import scm
+
+
+# ---- EDM2's network, from the paper's formulas (Karras et al. 2024, App. A and B), with its parameters' names
+def normalize(x, dims):
+    norm = x.square().sum(dims, keepdim=True).sqrt()
+    return x / (1e-4 + norm * math.sqrt(norm.numel() / x.numel()))
+
+
+def mp_sum(a, b, t):
+    return ((1 - t) * a + t * b) / math.sqrt((1 - t) ** 2 + t**2)
+
+
+def mp_silu(x):
+    return tnf.silu(x) / 0.596
+
+
+class Conv(torch.nn.Module):
+    def __init__(self, cin, cout, *kernel):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(cout, cin, *kernel))
+
+    def forward(self, x, gain=1):
+        w = normalize(self.weight, list(range(1, self.weight.ndim))) * gain / math.sqrt(self.weight[0].numel())
+        return x @ w.t() if w.ndim == 2 else tnf.conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+class Fourier(torch.nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+
+    def forward(self, x):
+        return math.sqrt(2) * torch.cos(x[:, None] * self.freqs + self.phases)
+
+
+class Block(torch.nn.Module):
+    def __init__(self, cin, cout, emb, flavor, resample="keep", attention=False):
+        super().__init__()
+        self.flavor, self.resample, self.heads = flavor, resample, max(cout // 64, 1)
+        self.emb_gain = torch.nn.Parameter(torch.tensor(0.7))
+        self.conv_res0 = Conv(cout if flavor == "enc" else cin, cout, 3, 3)
+        self.emb_linear = Conv(emb, cout)
+        self.conv_res1 = Conv(cout, cout, 3, 3)
+        self.conv_skip = Conv(cin, cout, 1, 1) if cin != cout else None
+        self.attn_qkv = Conv(cout, 3 * cout, 1, 1) if attention else None
+        self.attn_proj = Conv(cout, cout, 1, 1) if attention else None
+
+    def forward(self, x, emb):
+        x = tnf.avg_pool2d(x, 2) if self.resample == "down" else x
+        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3) if self.resample == "up" else x
+        if self.flavor == "enc":
+            x = normalize(self.conv_skip(x) if self.conv_skip else x, 1)
+        y = self.conv_res0(mp_silu(x))
+        y = mp_silu(y * (self.emb_linear(emb, self.emb_gain) + 1)[:, :, None, None])
+        y = self.conv_res1(y)
+        if self.flavor == "dec" and self.conv_skip:
+            x = self.conv_skip(x)
+        x = mp_sum(x, y, 0.3)
+        if self.attn_qkv:
+            y = self.attn_qkv(x).reshape(len(x), self.heads, -1, 3, x.shape[2] * x.shape[3])
+            q, k, v = normalize(y, 2).unbind(3)
+            w = torch.einsum("nhcq,nhck->nhqk", q, k / math.sqrt(q.shape[2])).softmax(3)
+            x = mp_sum(x, self.attn_proj(torch.einsum("nhqk,nhck->nhcq", w, v).reshape(x.shape)), 0.3)
+        return x.clamp(-256, 256)
+
+
+class UNet(torch.nn.Module):
+    def __init__(self, res, channels, label_dim, model_channels, channel_mult, num_blocks, attn):
+        super().__init__()
+        widths, emb = [model_channels * m for m in channel_mult], model_channels * max(channel_mult)
+        self.label_dim = label_dim
+        self.out_gain = torch.nn.Parameter(torch.tensor(0.9))
+        self.emb_fourier, self.emb_noise = Fourier(widths[0]), Conv(widths[0], emb)
+        self.emb_label = Conv(label_dim, emb) if label_dim else None
+        self.enc, cout, skips = torch.nn.ModuleDict(), channels + 1, []
+        for level, width in enumerate(widths):
+            r = res >> level
+            if level == 0:
+                self.enc[f"{r}x{r}_conv"] = Conv(cout, width, 3, 3)
+                cout = width
+            else:
+                self.enc[f"{r}x{r}_down"] = Block(cout, cout, emb, "enc", "down")
+            skips.append(cout)
+            for i in range(num_blocks):
+                self.enc[f"{r}x{r}_block{i}"] = Block(cout, width, emb, "enc", attention=r in attn)
+                cout = width
+                skips.append(cout)
+        self.dec = torch.nn.ModuleDict()
+        for level, width in reversed(list(enumerate(widths))):
+            r = res >> level
+            if level == len(widths) - 1:
+                self.dec[f"{r}x{r}_in0"] = Block(cout, cout, emb, "dec", attention=True)
+                self.dec[f"{r}x{r}_in1"] = Block(cout, cout, emb, "dec")
+            else:
+                self.dec[f"{r}x{r}_up"] = Block(cout, cout, emb, "dec", "up")
+            for i in range(num_blocks + 1):
+                self.dec[f"{r}x{r}_block{i}"] = Block(cout + skips.pop(), width, emb, "dec", attention=r in attn)
+                cout = width
+        self.out_conv = Conv(cout, channels, 3, 3)
+
+    def forward(self, x, c_noise, labels):
+        emb = self.emb_noise(self.emb_fourier(c_noise))
+        if self.emb_label:
+            emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), 0.5)
+        emb = mp_silu(emb)
+        x, skips = torch.cat([x, torch.ones_like(x[:, :1])], 1), []
+        for name, block in self.enc.items():
+            x = block(x) if "conv" in name else block(x, emb)
+            skips.append(x)
+        for name, block in self.dec.items():
+            if "block" in name:
+                y = skips.pop()
+                na, nb = x.shape[1], y.shape[1]
+                scale = math.sqrt((na + nb) / 0.5)
+                x = torch.cat([x * scale * 0.5 / math.sqrt(na), y * scale * 0.5 / math.sqrt(nb)], 1)
+            x = block(x, emb)
+        return self.out_conv(x, self.out_gain)
+
+
+class Precond(torch.nn.Module):
+    def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5, **kw):
+        super().__init__()
+        self._init_args = ()
+        self._init_kwargs = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, **kw)
+        self.sigma_data = sigma_data
+        self.unet = UNet(img_resolution, img_channels, label_dim, kw["model_channels"], kw["channel_mult"],
+                         kw["num_blocks"], kw["attn_resolutions"])
+        self.logvar_fourier, self.logvar_linear = Fourier(128), Conv(128, 1)
+
+    def forward(self, x, sigma, labels):
+        s, sd = sigma[:, None, None, None], self.sigma_data
+        F = self.unet(x / (sd**2 + s**2).sqrt(), sigma.log() / 4, labels)
+        return sd**2 / (s**2 + sd**2) * x + s * sd / (s**2 + sd**2).sqrt() * F
+
+
+def alarm(meta):
+    raise AssertionError("code from the snapshot was called")
+
+
+def snapshot(net, path, extra=None):
+    """The layout of EDM2's files: every object of its own classes goes through torch_utils.persistence."""
+    persistence, util = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
+    alarm.__module__, alarm.__qualname__ = "torch_utils.persistence", "_reconstruct_persistent_obj"
+    persistence._reconstruct_persistent_obj = alarm
+    util.EasyDict = type("EasyDict", (dict,), dict(__module__="dnnlib.util"))
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, obj):
+            if type(obj).__module__ != __name__:
+                return NotImplemented
+            meta = util.EasyDict(type="class", version=6, module_src="raise SystemError", class_name=type(obj).__name__,
+                                 state=obj.__dict__)
+            return alarm, (meta,)
+    fakes = {"torch_utils": types.ModuleType("torch_utils"), "torch_utils.persistence": persistence,
+             "dnnlib": types.ModuleType("dnnlib"), "dnnlib.util": util}
+    sys.modules.update(fakes)
+    try:
+        with open(path, "wb") as file:
+            Pickler(file).dump(util.EasyDict(dict(ema=net) | (extra or {})))
+    finally:
+        for name in fakes:
+            del sys.modules[name]
+
+
+def denoiser(net, x, sigma, y):
+    """D(x; sigma) from F in TrigFlow's coordinates (common.py)."""
+    t = torch.atan(sigma / 0.5)
+    cos, sin = (v[:, None, None, None] for v in (t.cos(), t.sin()))
+    return cos * (cos * x) - sin * 0.5 * net(cos * x / 0.5, t, y)
+
+
+SMALL = dict(img_resolution=8, img_channels=3, label_dim=4, model_channels=16, channel_mult=[1, 2], num_blocks=2,
+             attn_resolutions=[4])
+
+
+@pytest.fixture
+def edm2():
+    """A small network of EDM2's layout, and the folder's snapshot of it."""
+    torch.manual_seed(0)
+    net = Precond(**SMALL)
+    snapshot(net, "edm2-tiny.pkl", dict(dataset_kwargs=dict(class_name="training.dataset")))
+    return net
+
+
+def test_edm2s_snapshot_is_the_same_denoiser(edm2):
+    """D(x; sigma) over the noise levels of EDM, with labels, to float tolerance; half-precision weights, too."""
+    net = common.load_net("edm2-tiny.pkl").double()
+    sigma = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0]).double()
+    x = sigma[:, None, None, None] * torch.randn(5, 3, 8, 8).double() + 0.5 * torch.randn(5, 3, 8, 8).double()
+    y = torch.tensor([0, 1, 2, 3, 0])
+    with torch.no_grad():
+        expected = edm2.double()(x, sigma, tnf.one_hot(y, 4).double())
+        assert torch.allclose(denoiser(net, x, sigma, y), expected, atol=1e-6, rtol=1e-6)
+        no_label = edm2(x, sigma, torch.zeros(5, 4).double())
+        assert torch.allclose(denoiser(net, x, sigma, None), no_label, atol=1e-6, rtol=1e-6)
+    snapshot(edm2.half(), "half.pkl")
+    rounded = common.load_net("half.pkl").double()
+    assert (denoiser(rounded, x, sigma, y) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_edm2s_snapshot_teaches(edm2, train, folder):
+    """As --teacher it hands its architecture on; as --init into TrigFlow what has another form is learned anew."""
+    flags = ["--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 2, "--label_dropout", 0]
+    with pytest.raises(SystemExit):  # the pictures have three classes, the network four
+        train(*flags, "--mode", "scd", "--teacher", "edm2-tiny.pkl")
+    (folder / "d").mkdir()
+    (folder / "a" / "0.png").rename(folder / "d" / "0.png")
+    student = train(*flags, "--mode", "scd", "--teacher", "edm2-tiny.pkl", "--out", "student")
+    assert student["options"]["emb"] == "fourier" and student["options"]["channels"] == 16
+    tuned = train(*flags, "--mode", "diffusion", "--init", "edm2-tiny.pkl", "--emb", "positional", "--c_noise", "t",
+                  "--double_norm", "true", "--norm_shift", "false", "--lr", "0", "--out", "tuned")
+    kept = common.pnorm(common.read_edm("edm2-tiny.pkl")["net"]["enc.0.conv0.weight"], (1, 2, 3))
+    assert torch.allclose(tuned["net"]["enc.0.conv0.weight"], kept, atol=1e-3)
+    train(*flags, "--mode", "scd", "--teacher", "tuned", "--out", "scd")
+
+
+def test_foreign_pickles_are_refused_in_one_line(capsys):
+    """No snapshot, or an unknown network."""
+    for value in (dict(a=1), dict(ema=torch.nn.Linear(2, 2)), [1, 2]):
+        with open("x.pkl", "wb") as file:
+            pickle.dump(value, file)
+        with pytest.raises(SystemExit):
+            common.load_net("x.pkl")
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    Path("x.pkl").write_bytes(b"\x80\x04 nothing")
+    with pytest.raises(SystemExit):
+        scm.main(["--mode", "scd", "--teacher", "x.pkl"])
+    assert "cannot read x.pkl" in capsys.readouterr().err
