@@ -259,7 +259,8 @@ def reference(args, cfg, features):
     else:
         if not path and (not cfg or cfg.dataset == "imagenet512"):
             fail("samples and latents need --reference: class folders, a zip, or a file of statistics")
-        own = vars(cfg) if cfg else dict(image_size=args.image_size)
+        size = args.image_size or getattr(cfg, "image_size", 0)
+        own = (vars(cfg) if cfg else {}) | dict(image_size=size)
         other = dict(dataset="folder", data=path) if path else {}
         plain = dict(conditional=False, channel_mult=(1,))  # no labels, no network to fit
         images = common.dataset(SimpleNamespace(**own | other | plain)).images
@@ -418,7 +419,7 @@ def parse_args(argv):
     parser.add_argument("--samples", type=int, default=5000, help="samples [5000]")
     parser.add_argument("--batch", type=int, default=250, help="samples a process takes at a time [250]")
     parser.add_argument("--reference", help="images or statistics [the first run's data]")
-    parser.add_argument("--image_size", type=int, default=0, help="of --reference, if no run says it")
+    parser.add_argument("--image_size", type=int, default=0, help="of --reference [the run's]")
     parser.add_argument("--features", default="pixels", help="inception, dinov2, pixels, FILE [pixels]")
     parser.add_argument("--weights", help="file or folder of inception's or dinov2's weights [download]")
     parser.add_argument("--prompts", help="text file, a prompt a line, for text-to-image runs")

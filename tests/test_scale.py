@@ -205,15 +205,85 @@ def test_resume_with_another_number_of_processes(train, capsys):
     assert worst < 1e-2  # the learning rate falls towards the last step, which the first three took for 3
 
 
+def children(pid):
+    return [int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()]
+
+
 def test_a_dying_process_ends_the_job():
     """Killed from outside, one of two takes the other with it, and torchrun names the signal."""
     job = subprocess.Popen([*LAUNCH, *TOY, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
     while not Path("toy/log.jsonl").exists() or not Path("toy/log.jsonl").stat().st_size:
         time.sleep(0.1)
-    child = int(Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()[-1])
-    os.kill(child, signal.SIGKILL)
+    os.kill(children(job.pid)[-1], signal.SIGKILL)
     _, text = job.communicate(timeout=60)
     assert job.returncode and "SIGKILL" in text or "-9" in text
+
+
+def finish(command, ready):
+    """Run a command, kill all its processes once ready() says so, and run it to its end with --resume."""
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not ready() and job.poll() is None:
+        time.sleep(0.02)
+    if job.poll() is None:
+        for pid in [job.pid, *children(job.pid)]:
+            os.kill(pid, signal.SIGKILL)
+        job.wait()
+        again = command + ["--resume"] * any(word.endswith("scm.py") for word in command)
+        done = subprocess.run(again, capture_output=True, text=True)
+        assert not done.returncode, done.stderr[:1500]
+
+
+def test_the_whole_path_at_tiny_size(folder, vae):
+    """Pictures -> latents -> diffusion -> scd with guidance -> two-step samples -> pixels -> eval, as on ImageNet-512:
+    two processes, bfloat16, accumulation, every stage killed once and resumed."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    root = Path(common.__file__).parent
+    finish([*torchrun, str(root / "common.py"), "latents", "--src", str(folder), "--vae", "vae", "--out", "latents",
+            "--image_size", "16", "--batch", "2"], Path("latents/about.json").exists)
+    shared = [*torchrun, str(root / "scm.py"), "--dataset", "imagenet512", "--data", "latents", "--vae", "vae", "--dtype",
+              "bf16", "--batch", "16", "--micro", "4", "--steps", "30", "--save_every", "2", "--log_every", "2"]
+    small = ["--channels", "16", "--channel_mult", "1,2", "--blocks", "1", "--attention", "4"]
+
+    def begun(run):
+        return lambda: Path(run, "log.jsonl").exists() and Path(run, "log.jsonl").read_text().count("\n") > 2
+    finish([*shared, *small, "--mode", "diffusion", "--out", "teacher"], begun("teacher"))
+    finish([*shared, "--mode", "scd", "--teacher", "teacher", "--out", "student", "--warmup", "10"], begun("student"))
+    student = common.read_checkpoint("student")
+    assert student["step"] == 30 and student["options"]["guidance"] and student["options"]["shape"] == (4, 8, 8)
+    lines = [json.loads(line) for line in Path("student/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(2, 31, 2)) and all(np.isfinite(v["loss"]) for v in lines)
+    scm.main(["--sample", "6", "--nfe", "2", "--guidance", "1.5", "--out", "student", "--save", "x.npz"])
+    found = np.load("x.npz")
+    assert found["arr_0"].shape == (6, 16, 16, 3) and found["arr_1"].tolist() == [0, 1, 2] * 2
+    command = [*torchrun, str(root / "eval.py"), "student", "--nfe", "2", "--samples", "12", "--reference", str(folder),
+               "--image_size", "16"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "frechet_distance" in done.stdout, done.stderr[:1500]
+
+
+def test_tangent_in_half_precision():
+    """EDM's c_noise = log(sigma) / 4 has a derivative without bound at both ends: in float16 the plain JVP overflows
+    there, the rearranged one of Sec. 5.1 stays finite over (0, pi/2); and so does c_noise = t."""
+    ends = 10.0 ** torch.linspace(-4, -1, 7)
+    t = torch.cat([ends, torch.tensor([0.5, 1.0, 1.4]), np.pi / 2 - ends.flip(0)]).double()
+    x_t, v_t = 0.5 * torch.randn(2, len(t), 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for options in (dict(c_noise="log", emb="fourier", double_norm=False), dict(c_noise="t")):
+        net = common.build(dict(shape=(3, 16, 16), channels=32, blocks=1, attention=(8,), dtype="fp16") | options)
+        for name, p in net.named_parameters():
+            p.data = torch.ones_like(p) if "gain" in name else p.data
+        F, g = scm.tangent(net, x_t, t, None, None, v_t, 0, scm.Config(warmup=0), common.Draw(0, 0, 0, len(t)))
+        _, plain = common.jvp(net, (x_t / 0.5, t), (v_t / 0.5, torch.ones_like(t)))
+        assert F.isfinite().all() and g.isfinite().all()
+        assert plain.isfinite().all() == (options["c_noise"] == "t")
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "sct"])
+def test_half_precision_trains(train, folder, mode):
+    """float16 torso, float32 weights: loss scaling leaves gradients that move the weights and stay finite."""
+    ckpt = train("--dataset", "folder", "--data", folder, "--mode", mode, "--dtype", "fp16", "--steps", 3, "--batch", 8,
+                 "--channels", 8, "--blocks", 1, "--out", "half")
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in ckpt["net"].values())
+    assert ckpt["scaler"]["scale"] > 0 and json.loads(Path("half/log.jsonl").read_text().splitlines()[-1])["skipped"] < 3
 
 
 class Command:
