@@ -65,7 +65,7 @@ sys.excepthook = interrupted  # Ctrl-C ends in one line
 
 # ----------------------------------------------------------------------------------------------- 1. config
 
-NET_FIELDS = ("image_size", "conditional", "channels", "channel_mult", "blocks", "attention", "emb",
+NET_FIELDS = ("image_size", "conditional", "arch", "channels", "channel_mult", "blocks", "attention", "emb",
               "emb_scale", "c_noise", "double_norm", "norm_shift", "sigma_d")
 FIXED = ("dataset", "mode", "label_dropout", "phases", "student_steps", "pd_start", *NET_FIELDS)  # of a run
 ONE_CALL = ("resume", "overwrite", "dry_run", "sample", "nfe", "label", "save")  # a run forgets these
@@ -150,7 +150,7 @@ def numbers(text):
 def init_path(values):
     """The run that the network starts from: --init, else a teacher that is a run ('' if neither)."""
     path = values.get("init") or values.get("teacher") or ""
-    return "" if path in ("none", "exact") else path
+    return "" if path in ("none", "exact") or is_diffusers(path) else path
 
 
 # ------------------------------------------------------------------------------------------------- 2. data
@@ -669,21 +669,15 @@ class Embedding(nn.Module):
         return math.sqrt(2) * torch.cos(c.to(self.freq.dtype)[:, None] * self.freq - self.phase)
 
 
-class Conditioning(nn.Module):
-    """Time t, label y and guidance scale s -> one embedding (B, dim); and the weighting head w(t) (B,).
+class Noise(nn.Module):
+    """What a network is told of t: the angle itself (c_noise 't'; sCM, Sec. 4.1), or log(sigma)/4, sigma =
+    sigma_d tan t, as in EDM ('log'). And the head that learns w(t) (B,)."""
 
-    c_noise 't': the angle itself (sCM, Sec. 4.1); 'log': log(sigma)/4 with sigma = sigma_d tan t, as in EDM.
-    """
-
-    def __init__(self, dim, noise_dim, classes, sigma_d, emb, emb_scale, c_noise, guidance, head):
+    def __init__(self, sigma_d, c_noise):
         super().__init__()
-        self.sigma_d, self.c_noise, self.classes = sigma_d, c_noise, classes
-        self.embed, self.linear = Embedding(emb, noise_dim, emb_scale), MPConv(noise_dim, dim)
-        self.label = MPConv(classes, dim) if classes else None
-        if guidance:
-            self.guidance_embed = Embedding("positional", noise_dim, 10.0)
-            self.guidance_linear = MPConv(noise_dim, dim)
-            self.guidance_gain = nn.Parameter(torch.zeros([]))  # 0: starts as the teacher, which knows no s
+        self.sigma_d, self.c_noise = sigma_d, c_noise
+
+    def add_head(self, head):
         if head:
             self.head_embed, self.head_linear = Embedding("fourier", 128), MPConv(128, 1)
             self.head_gain = nn.Parameter(torch.zeros([]))      # 0: w(t) = 0 at the start
@@ -691,8 +685,31 @@ class Conditioning(nn.Module):
     def log_sigma(self, t):
         return torch.log(self.sigma_d * torch.tan(t.clamp(1e-4, math.pi / 2 - 1e-4))) / 4
 
+    def noise(self, t):
+        return t if self.c_noise == "t" else self.log_sigma(t)
+
+    def weight(self, t):
+        if not hasattr(self, "head_linear"):
+            return torch.zeros_like(t, dtype=next(self.parameters()).dtype)
+        return self.head_linear(self.head_embed(self.log_sigma(t)), self.head_gain)[:, 0]
+
+
+class Conditioning(Noise):
+    """Time t, label y and guidance scale s -> one embedding (B, dim)."""
+
+    def __init__(self, dim, noise_dim, classes, sigma_d, emb, emb_scale, c_noise, guidance, head):
+        super().__init__(sigma_d, c_noise)
+        self.classes = classes
+        self.embed, self.linear = Embedding(emb, noise_dim, emb_scale), MPConv(noise_dim, dim)
+        self.label = MPConv(classes, dim) if classes else None
+        if guidance:
+            self.guidance_embed = Embedding("positional", noise_dim, 10.0)
+            self.guidance_linear = MPConv(noise_dim, dim)
+            self.guidance_gain = nn.Parameter(torch.zeros([]))  # 0: starts as the teacher, which knows no s
+        self.add_head(head)
+
     def forward(self, t, y, s):
-        emb = self.linear(self.embed(t if self.c_noise == "t" else self.log_sigma(t)))
+        emb = self.linear(self.embed(self.noise(t)))
         if self.label is not None:
             y = torch.full_like(t, -1, dtype=torch.int64) if y is None else y
             onehot = tnf.one_hot(y + 1, self.classes + 1)[:, 1:].to(emb.dtype)  # y = -1: all zeros
@@ -700,11 +717,6 @@ class Conditioning(nn.Module):
         if s is not None:
             emb = emb + self.guidance_linear(self.guidance_embed(s)) * self.guidance_gain
         return tnf.silu(emb) * SILU
-
-    def weight(self, t):
-        if not hasattr(self, "head_linear"):
-            return torch.zeros_like(t, dtype=self.embed.freq.dtype)
-        return self.head_linear(self.head_embed(self.log_sigma(t)), self.head_gain)[:, 0]
 
 
 class Modulation(nn.Module):
@@ -857,6 +869,116 @@ class UNet(nn.Module):
         return (F, self.cond.weight(t)) if return_w else F
 
 
+class DDPMppEmbedding(Noise):
+    """As Conditioning, for DDPM++; c_noise comes in sines first, then cosines."""
+
+    def __init__(self, channels, classes, sigma_d, c_noise, emb_scale, head):
+        super().__init__(sigma_d, c_noise)
+        self.classes, self.half, self.scale = classes, channels // 2, emb_scale
+        self.map_label = nn.Linear(classes, channels) if classes else None
+        self.map_layer0 = nn.Linear(channels, 4 * channels)
+        self.map_layer1 = nn.Linear(4 * channels, 4 * channels)
+        self.add_head(head)
+
+    def forward(self, t, y):
+        dtype = self.map_layer0.weight.dtype
+        freq = self.scale * 1e-4 ** (torch.arange(self.half, device=t.device) / (self.half - 1))
+        angle = self.noise(t)[:, None].to(dtype) * freq.to(dtype)
+        emb = torch.cat([angle.sin(), angle.cos()], dim=1)
+        if self.map_label is not None:
+            y = torch.full_like(t, -1, dtype=torch.int64) if y is None else y
+            onehot = tnf.one_hot(y + 1, self.classes + 1)[:, 1:].to(dtype)  # y = -1: all zeros
+            emb = emb + self.map_label(onehot * math.sqrt(self.classes))
+        return tnf.silu(self.map_layer1(tnf.silu(self.map_layer0(emb))))
+
+
+class DDPMppBlock(nn.Module):
+    """Residual block with GroupNorm; sums over sqrt(2)."""
+
+    def __init__(self, cin, cout, emb, attend=False, resample="", dropout=0.0):
+        super().__init__()
+        self.resample, self.dropout = resample, dropout
+        self.norm0, self.norm1 = group_norm(cin), group_norm(cout)
+        self.conv0, self.conv1 = nn.Conv2d(cin, cout, 3, padding=1), nn.Conv2d(cout, cout, 3, padding=1)
+        self.affine = nn.Linear(emb, cout)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout or resample else None
+        if attend:
+            self.norm2 = group_norm(cout)
+            self.qkv, self.proj = nn.Conv2d(cout, 3 * cout, 1), nn.Conv2d(cout, cout, 1)
+            self.proj.weight.data *= 1e-5
+        self.conv1.weight.data *= 1e-5
+
+    def scale(self, x):
+        if self.resample == "up":
+            return tnf.interpolate(x, scale_factor=2, mode="nearest")
+        return tnf.avg_pool2d(x, 2) if self.resample == "down" else x
+
+    def forward(self, x, emb):
+        y = self.conv0(self.scale(tnf.silu(self.norm0(x)))) + self.affine(emb)[:, :, None, None]
+        y = self.conv1(dropout(tnf.silu(self.norm1(y)), self.dropout, self.training))
+        x = (y + (self.skip(self.scale(x)) if self.skip else x)) * math.sqrt(0.5)
+        if hasattr(self, "qkv"):
+            b, c, height, width = x.shape
+            qkv = self.qkv(self.norm2(x)).view(b, 1, c, 3, height * width).transpose(2, 4)
+            y = attention(*qkv.unbind(3)).transpose(2, 3).reshape(b, c, height, width)  # one head
+            x = (x + self.proj(y)) * math.sqrt(0.5)
+        return x
+
+
+def group_norm(channels):
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class DDPMpp(nn.Module):
+    """DDPM++ as EDM trains it on CIFAR-10 (Song et al. 2021; EDM, App. F), called as UNet is; no augmentation
+    labels, no guidance scale. Parameters have EDM's names."""
+
+    def __init__(self, shape, classes=0, channels=128, channel_mult=(2, 2, 2), blocks=4, attention=(16,),
+                 dropout=0.0, sigma_d=0.5, emb_scale=1.0, c_noise="log", head=True, dtype="fp32", **of_edm2):
+        super().__init__()
+        if of_edm2.get("guidance"):
+            fail("--arch ddpmpp takes no guidance scale: --guidance_max must be 1")
+        self.half = DTYPES[dtype]
+        self.cond = DDPMppEmbedding(channels, classes, sigma_d, c_noise, emb_scale, head)
+        width, skips, self.enc, self.dec = channels, [channels], nn.ModuleDict(), nn.ModuleDict()
+        levels = [(shape[1] >> i, channels * m) for i, m in enumerate(channel_mult)]
+
+        def block(name, cin, cout, attend=False, resample=""):
+            return name, DDPMppBlock(cin, cout, 4 * channels, attend, resample, dropout)
+        for i, (res, cout) in enumerate(levels):
+            first = block(f"{res}x{res}_down", width, width, resample="down")
+            self.enc.update([first if i else (f"{res}x{res}_conv", nn.Conv2d(shape[0], width, 3, padding=1))])
+            skips += [width] * (i > 0)
+            for j in range(blocks):
+                self.enc.update([block(f"{res}x{res}_block{j}", width, cout, res in attention)])
+                width = cout
+                skips.append(width)
+        for i, (res, cout) in reversed(list(enumerate(levels))):
+            if i == len(levels) - 1:
+                self.dec.update([block(f"{res}x{res}_in0", width, width, True),
+                                 block(f"{res}x{res}_in1", width, width)])
+            else:
+                self.dec.update([block(f"{res}x{res}_up", width, width, resample="up")])
+            for j in range(blocks + 1):
+                attend = j == blocks and res in attention
+                self.dec.update([block(f"{res}x{res}_block{j}", width + skips.pop(), cout, attend)])
+                width = cout
+        self.norm, self.last = group_norm(width), nn.Conv2d(width, shape[0], 3, padding=1)
+
+    def forward(self, x, t, y=None, s=None, return_w=False):
+        emb, dtype, skips = self.cond(t, y), self.last.weight.dtype, []
+        half = self.half if self.half != torch.float32 else dtype
+        with torch.autocast(x.device.type, half, enabled=half != dtype):
+            x = x.to(dtype)
+            for name, block in self.enc.items():
+                x = block(x) if name.endswith("conv") else block(x, emb)
+                skips.append(x)
+            for name, block in self.dec.items():
+                x = block(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
+            F = -self.last(tnf.silu(self.norm(x))).to(dtype)  # EDM's F has the other sign
+        return (F, self.cond.weight(t)) if return_w else F
+
+
 def network(cfg, data, **options):
     """The network for this config and dataset; its constructor's arguments stay with it as net.options."""
     options = dict(shape=data.shape, classes=data.classes if cfg.conditional else 0, dropout=cfg.dropout,
@@ -871,7 +993,9 @@ def build(options, seed=0):
     """Network from its constructor's arguments; the weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = (MLP if len(options["shape"]) == 1 else UNet)(**options)
+        unet = DDPMpp if options.get("arch") == "ddpmpp" else UNet
+        kind = MLP if len(options["shape"]) == 1 else unet
+        net = kind(**{k: v for k, v in options.items() if k != "arch"})
     net.options = options
     return net
 
@@ -935,63 +1059,61 @@ def jvp(net, primals, tangents):
 
 
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(c)) v for (B, heads, N, c): by PyTorch's fused kernels, which have no JVP; under a
-    JVP by one pass of our own for output and tangent together."""
-    duals = [forward_ad.unpack_dual(x) for x in (q, k, v)]
-    if all(x.tangent is None for x in duals):
-        return tnf.scaled_dot_product_attention(q, k, v)
-    tangents = [torch.zeros_like(x.primal) if x.tangent is None else x.tangent for x in duals]
-    return forward_ad.make_dual(*AttentionJVP.apply(*(x.primal for x in duals), *tangents))
+    """softmax(q k^T / sqrt(c)) v, all (B, heads, N, c). Under jvp, output and tangent come from one pass in
+    O(N) memory (sCM, App. F): PyTorch's fused kernels have no JVP."""
+    primals, tangents = zip(*(forward_ad.unpack_dual(x) for x in (q, k, v)))  # None: no jvp, or a constant
+    if all(tangent is None for tangent in tangents):
+        return tnf.scaled_dot_product_attention(*(x.contiguous() for x in primals))  # strided ones go unfused
+    tangents = (torch.zeros_like(x) if tx is None else tx for x, tx in zip(primals, tangents))
+    return forward_ad.make_dual(*DualAttention.apply(*primals, *tangents))
 
 
-class AttentionJVP(torch.autograd.Function):
-    """Output and tangent; a Function, so that the kernel sees plain tensors and not functorch's wrappers."""
+class DualAttention(torch.autograd.Function):
+    """(q, k, v, tq, tk, tv) -> (o, to). A Function because functorch hands its forward plain tensors, with
+    storage, in place of wrapped ones. A second derivative, vmap or backward raises an error."""
 
     @staticmethod
     def forward(q, k, v, tq, tk, tv):
-        fast = q.is_cuda and q.shape[-1] in (16, 32, 64, 128) and q.dtype != torch.float64
-        if (fast or os.environ.get("TRITON_INTERPRET")) and attention_kernel():
-            return attention_triton(q, k, v, tq, tk, tv)
-        return attention_blocks(q, k, v, tq, tk, tv)
+        gpu = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)  # Ampere and later
+        fits = q.element_size() <= 4 and q.shape[-1] in (16, 32, 64, 128) and q.shape == k.shape == v.shape
+        fused = (gpu or os.environ.get("TRITON_INTERPRET") == "1") and fits and triton_kernel()
+        return (attention_triton if fused else attention_blocks)(q, k, v, tq, tk, tv)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass  # has no derivative of its own: common.jvp builds no graph
+        pass
 
 
-def attention_blocks(q, k, v, tq, tk, tv, block=256):
-    """(O, tO) from (B, heads, N, c) and tangents, by online softmax over blocks of keys, in O(N) memory (sCM,
-    App. F).
+def attention_blocks(q, k, v, tq, tk, tv, size=256):
+    """Attention and its tangent, (B, heads, N, c) each, over blocks of keys: any device, any dtype.
 
-    S = q k^T / sqrt(c), P = softmax S, O = P v, tO = P tv + (P tS) v - rowsum(P tS) O; float32 or wider."""
-    kind, wide, scale = q.dtype, torch.promote_types(q.dtype, torch.float32), q.shape[-1] ** -0.5
-    q, k, v, tq, tk, tv = (x.to(wide) for x in (q, k, v, tq, tk, tv))
-    top, total, mu, O, tO = q.new_full((*q.shape[:3], 1), -math.inf), 0, 0, 0, 0
-    for k_j, v_j, tk_j, tv_j in zip(*(x.split(block, dim=2) for x in (k, v, tk, tv))):
-        S, tS = q @ k_j.mT * scale, (tq @ k_j.mT + q @ tk_j.mT) * scale  # (B, heads, N, block)
-        top, old = torch.maximum(top, S.amax(3, keepdim=True)), top
-        P, decay = (S - top).exp(), (old - top).exp()
-        PtS = P * tS
-        total, mu = total * decay + P.sum(3, keepdim=True), mu * decay + PtS.sum(3, keepdim=True)
-        O, tO = O * decay + P @ v_j, tO * decay + P @ tv_j + PtS @ v_j
-    O = O / total
-    return O.to(kind), (tO / total - mu / total * O).to(kind)
-
-
-def attention_triton(q, k, v, tq, tk, tv):
-    """attention_blocks as one kernel on the GPU."""
-    O, tO, (b, heads, n, c), rows = torch.empty_like(q), torch.empty_like(q), q.shape, 64
-    O, tO, *inputs = (x.contiguous() for x in (O, tO, q, k, v, tq, tk, tv))
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"  # of float32 products
-    columns = 32 if c > 64 or q.dtype == torch.float32 else 64
-    attention_kernel()[-(-n // rows), b * heads](*inputs, O, tO, n, c**-0.5, c, rows, columns, precision)
-    return O, tO
+    S = q k^T / sqrt(c), P = softmax S, o = P v, to = P tv + (P * tS) v - rowsum(P * tS) o (sCM, App. F).
+    With m the largest score so far and p = exp(S - m), sums over the keys so far, rescaled whenever m grows:
+    l of p, mu of p * tS, o of p v, a of p tv + (p * tS) v.
+    """
+    wide, scale = torch.promote_types(q.dtype, torch.float32), 1 / math.sqrt(q.shape[-1])
+    dtype, q, tq = q.dtype, q.to(wide) * scale, tq.to(wide) * scale
+    m, l, mu, o, a = torch.full_like(q[..., :1], -math.inf), 0, 0, 0, 0
+    for block in zip(*(x.split(size, dim=2) for x in (k, v, tk, tv))):
+        k, v, tk, tv = (x.to(wide) for x in block)
+        s, ts = q @ k.mT, tq @ k.mT + q @ tk.mT                                  # (B, heads, N, size)
+        before, m = m, torch.maximum(m, s.amax(3, keepdim=True))
+        p, fade = (s - m).exp(), (before - m).exp()
+        pts = p * ts
+        l, mu = l * fade + p.sum(3, keepdim=True), mu * fade + pts.sum(3, keepdim=True)
+        o, a = o * fade + p @ v, a * fade + p @ tv + pts @ v
+    o = o / l
+    return o.to(dtype), ((a - mu * o) / l).to(dtype)
 
 
 @functools.cache
-def attention_kernel():
-    """Triton's kernel; None if Triton is not there."""
-    global tl
+def triton_kernel():
+    """attention_blocks as a Triton kernel; None without Triton.
+
+    A program takes `rows` queries of one image and head over all keys, `cols` at a time. Tensors: contiguous
+    (B, heads, n, c). Sums are float32; "ieee" bars TF32 from float32 products (16-bit ones ignore it).
+    """
+    global triton, tl  # where a kernel looks for them
     try:
         import triton
         import triton.language as tl
@@ -999,40 +1121,54 @@ def attention_kernel():
         return None
 
     @triton.jit
-    def kernel(q_ptr, k_ptr, v_ptr, tq_ptr, tk_ptr, tv_ptr, O_ptr, tO_ptr, n, scale, c: tl.constexpr,
-               rows: tl.constexpr, columns: tl.constexpr, precision: tl.constexpr):
-        base = tl.program_id(1).to(tl.int64) * n * c                       # of this head
-        i, j, d = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, columns), tl.arange(0, c)
-        at = base + i[:, None] * c + d[None, :]                            # (rows, c)
-        q = tl.load(q_ptr + at, mask=i[:, None] < n, other=0.0)
-        tq = tl.load(tq_ptr + at, mask=i[:, None] < n, other=0.0)
-        top = tl.full([rows], -float("inf"), tl.float32)
-        total, mu = tl.zeros([rows], tl.float32), tl.zeros([rows], tl.float32)
-        O, tO = tl.zeros([rows, c], tl.float32), tl.zeros([rows, c], tl.float32)
-        for start in range(0, n, columns):
-            inside = start + j < n
-            at_j = base + (start + j)[:, None] * c + d[None, :]            # (columns, c)
-            k = tl.trans(tl.load(k_ptr + at_j, mask=inside[:, None], other=0.0))
-            tk = tl.trans(tl.load(tk_ptr + at_j, mask=inside[:, None], other=0.0))
-            v = tl.load(v_ptr + at_j, mask=inside[:, None], other=0.0)
-            tv = tl.load(tv_ptr + at_j, mask=inside[:, None], other=0.0)
-            S = tl.dot(q, k, input_precision=precision) * scale
-            tS = (tl.dot(tq, k, input_precision=precision) + tl.dot(q, tk, input_precision=precision)) * scale
-            S = tl.where(inside[None, :], S, -float("inf"))
-            new = tl.maximum(top, tl.max(S, 1))
-            P, decay = tl.exp(S - new[:, None]), tl.exp(top - new)
-            PtS = P * tS
-            total, mu = total * decay + tl.sum(P, 1), mu * decay + tl.sum(PtS, 1)
-            p, pts = P.to(v.dtype), PtS.to(v.dtype)
-            O = O * decay[:, None] + tl.dot(p, v, input_precision=precision)
-            tO = tO * decay[:, None] + tl.dot(p, tv, input_precision=precision)
-            tO += tl.dot(pts, v, input_precision=precision)
-            top = new
-        O = O / total[:, None]
-        tO = tO / total[:, None] - (mu / total)[:, None] * O
-        tl.store(O_ptr + at, O.to(O_ptr.dtype.element_ty), mask=i[:, None] < n)
-        tl.store(tO_ptr + at, tO.to(tO_ptr.dtype.element_ty), mask=i[:, None] < n)
+    def kernel(Q, K, V, TQ, TK, TV, O, TO, n, scale, c: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr):
+        blocks = tl.cdiv(n, rows)
+        start = (tl.program_id(0) // blocks).to(tl.int64) * n * c             # of this image and head
+        i = tl.program_id(0) % blocks * rows + tl.arange(0, rows)
+        d = tl.arange(0, c)
+        query, is_query = start + i[:, None] * c + d[None, :], i[:, None] < n
+        q, tq = tl.load(Q + query, is_query, 0.0), tl.load(TQ + query, is_query, 0.0)
+        m, l = tl.full((rows,), float("-inf"), tl.float32), tl.zeros((rows,), tl.float32)
+        mu = tl.zeros((rows,), tl.float32)
+        o, a = tl.zeros((rows, c), tl.float32), tl.zeros((rows, c), tl.float32)
+        for first in range(0, n, cols):
+            j = first + tl.arange(0, cols)
+            key, is_key = start + j[:, None] * c + d[None, :], j[:, None] < n
+            k, tk = tl.load(K + key, is_key, 0.0), tl.load(TK + key, is_key, 0.0)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale           # (rows, cols)
+            s = tl.where(j[None, :] < n, s, float("-inf"))
+            ts = tl.dot(tq, tl.trans(k), input_precision="ieee")
+            ts = tl.dot(q, tl.trans(tk), ts, input_precision="ieee") * scale      # 0 past the last key
+            m_new = tl.maximum(m, tl.max(s, 1))
+            p, fade = tl.exp(s - m_new[:, None]), tl.exp(m - m_new)
+            pts, m = p * ts, m_new
+            l, mu = l * fade + tl.sum(p, 1), mu * fade + tl.sum(pts, 1)
+            v, tv = tl.load(V + key, is_key, 0.0), tl.load(TV + key, is_key, 0.0)
+            p, pts = p.to(v.dtype), pts.to(v.dtype)
+            o = tl.dot(p, v, o * fade[:, None], input_precision="ieee")
+            a = tl.dot(p, tv, a * fade[:, None], input_precision="ieee")
+            a = tl.dot(pts, v, a, input_precision="ieee")
+        o = o / l[:, None]
+        a = (a - mu[:, None] * o) / l[:, None]
+        tl.store(O + query, o.to(O.dtype.element_ty), is_query)
+        tl.store(TO + query, a.to(TO.dtype.element_ty), is_query)
     return kernel
+
+
+def attention_triton(*duals):
+    """Launch the kernel on (q, k, v, tq, tk, tv), (B, heads, N, c) each -> (o, to). Blocks are as large
+    as an H100's registers hold at 64 channels; float32 has no tensor cores without TF32, so smaller ones."""
+    duals = [x.contiguous() for x in duals]
+    out = [torch.empty_like(duals[0]) for _ in range(2)]
+    b, heads, n, c = duals[0].shape
+    if duals[0].dtype == torch.float32:
+        rows, cols, warps, stages = 32, 32, 4 if c <= 32 else 8, 1
+    else:
+        rows, cols, warps, stages = (64, 64, 4, 3) if c <= 64 else (64, 32, 4, 2)
+    with torch.cuda.device_of(duals[0]):
+        triton_kernel()[(b * heads * triton.cdiv(n, rows),)](
+            *duals, *out, n, 1 / math.sqrt(c), c, rows, cols, num_warps=warps, num_stages=stages)
+    return tuple(out)
 
 
 # ---------------------------------- 6. run: processes, optimizer, EMA, checkpoints, log, pictures, metrics
@@ -1077,41 +1213,68 @@ def read_checkpoint(path):
 
 
 class Record:
-    """What read_pickle makes of a foreign class or function: holds arguments and state, does nothing."""
+    """What an object in a foreign pickle was: its class's name and its state. Has no behaviour."""
 
-    def __new__(cls, *args, **kw):
-        self = super().__new__(cls)
-        self.args, self.state = args, None
-        return self
-
-    def __init__(self, *args, **kw):
-        pass
+    def __init__(self, class_name="", state=None):
+        self.class_name, self.state = class_name, state
 
     def __setstate__(self, state):
         self.state = state
 
 
-def read_pickle(path):
-    """What a foreign pickle holds, without running anything of its own: plain containers, NumPy arrays and
-    tensors are loaded; whatever else it names, code included, becomes a Record."""
-    def storage(blob):  # of a tensor; torch's own function would unpickle it without limits
-        return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-    known = {"collections.OrderedDict": dict, "dnnlib.util.EasyDict": dict,
-             "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes in protocol 2
-             "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype,
-             "numpy.multiarray._reconstruct": lambda kind, shape, code: np.ndarray(0, "b"),
-             "numpy.numeric._frombuffer": lambda raw, dtype, shape, order:
-                 np.frombuffer(raw, dtype).reshape(shape, order=order),
-             "numpy.multiarray.scalar": lambda dtype, raw: np.frombuffer(raw, dtype)[0],
-             "torch.storage._load_from_bytes": storage,
-             "torch._utils._rebuild_tensor_v2":
-                 lambda *args: torch._utils._rebuild_tensor_v2(*args[:4], False, {}),
-             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor}
+def number_type(record):
+    """NumPy's dtype from the Record of one. A pickle could set the flags of a true one, and then have raw
+    bytes taken for an array of objects, that is, for pointers."""
+    if not re.fullmatch(r"[biufc]\d+", record.class_name):
+        raise pickle.UnpicklingError(f"it holds an array of {record.class_name}, not of numbers")
+    return np.dtype((">" if record.state and record.state[1] == ">" else "<") + record.class_name)
 
-    class Unpickler(pickle.Unpickler):
+
+class Array(np.ndarray):
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, raw = state
+        super().__setstate__((1, shape, number_type(dtype), fortran, raw))
+
+
+def read_pickle(path):
+    """What a foreign pickle holds (networks and statistics of EDM and EDM2), without running code of its own.
+
+    It may name only what stands in `known`, and set the state only of Records and Arrays. An object of
+    torch_utils.persistence brings its own source; that is dropped, and class name and state are kept."""
+    def storage(blob):  # -> flat tensor; torch's own function would unpickle without limits
+        found = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+        return torch.empty(0, dtype=found.dtype).set_(found)
+    known = {"torch_utils.persistence._reconstruct_persistent_obj":
+                 lambda meta: Record(meta["class_name"], meta["state"]),
+             "dnnlib.util.EasyDict": dict, "collections.OrderedDict": dict,
+             "builtins.set": set, "__builtin__.set": set,
+             "torch.device": lambda *place: place,
+             "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes, in protocol 2
+             "numpy.ndarray": Record, "numpy.dtype": lambda code, *_: Record(code),
+             "numpy.multiarray._reconstruct": lambda *_: Array(0),
+             "numpy.multiarray.scalar": lambda dtype, raw: np.frombuffer(raw, number_type(dtype))[0],
+             "numpy.numeric._frombuffer": lambda raw, dtype, shape, order:
+                 np.frombuffer(raw, number_type(dtype)).reshape(shape, order=order),
+             "torch.storage._load_from_bytes": storage,
+             "torch._utils._rebuild_tensor_v2":  # as_strided checks its bounds
+                 lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset),
+             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+             **{str(dtype): dtype for dtype in DTYPES.values()}}
+
+    class Unpickler(pickle._Unpickler):  # the one in Python: in C's, BUILD cannot be restricted
+        dispatch = dict(pickle._Unpickler.dispatch)
+
         def find_class(self, module, name):
-            full = f"{module}.{name}".replace("numpy.core.", "numpy.").replace("numpy._core.", "numpy.")
-            return known.get(full) or type(name, (Record,), {})
+            full = re.sub(r"^numpy\._?core\.", "numpy.", f"{module}.{name}")  # numpy 1 and 2
+            if full not in known and not module.startswith("torch.nn.modules."):
+                raise pickle.UnpicklingError(f"it names {module}.{name}, which is not read")
+            return known.get(full, Record)
+
+        def load_build(self):
+            if not isinstance(self.stack[-2], (Record, Array)):
+                raise pickle.UnpicklingError(f"it sets the state of a {type(self.stack[-2]).__name__}")
+            super().load_build()
+        dispatch[pickle.BUILD[0]] = load_build
     try:
         with open(path, "rb") as file:
             return Unpickler(file).load()
@@ -1120,51 +1283,77 @@ def read_pickle(path):
 
 
 def module_tensors(record, prefix=""):
-    """{name: tensor} and constructor's arguments of a module that read_pickle has made a Record."""
-    state = record.args[0]["state"] if record.state is None else record.state  # of EDM's classes; of torch's
-    found = {prefix + k: v for k, v in {**state["_parameters"], **state["_buffers"]}.items() if v is not None}
-    for name, child in state["_modules"].items():
-        found |= module_tensors(child, f"{prefix}{name}.")[0]
-    return found, state.get("_init_kwargs", {})
+    """Record of a module -> {name: float32 tensor}, in the order in which they were defined."""
+    own = {**record.state["_parameters"], **record.state["_buffers"]}
+    found = {prefix + k: v.float() for k, v in own.items() if v is not None}
+    for name, child in record.state["_modules"].items():
+        found |= module_tensors(child, f"{prefix}{name}.") if child is not None else {}
+    return found
 
 
 EDM2_NAMES = {"emb_gain": "modulate.gain", "emb_linear": "modulate.linear", "conv_res0": "conv0",
               "conv_res1": "conv1", "conv_skip": "skip", "attn_qkv": "qkv", "attn_proj": "proj"}
+EDM2_FIXED = dict(channel_mult_noise=None, channel_mult_emb=None, channels_per_head=64, label_balance=0.5,
+                  concat_balance=0.5, res_balance=0.3, attn_balance=0.3, clip_act=256, resample_filter=[1, 1])
+DDPMPP_FIXED = dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard",
+                    decoder_type="standard", channel_mult_noise=1, channel_mult_emb=4, resample_filter=[1, 1])
 
 
 def read_edm(path):
-    """A snapshot of EDM2 (dict with `ema`) in the form of our checkpoints. The U-Net is the same; F has the
-    other sign, phases are subtracted, and blocks are counted in the order in which they run."""
+    """A snapshot of EDM2's U-Net or EDM's DDPM++ (dict with `ema`) in the form of our checkpoints."""
     try:
-        state, kw = module_tensors(read_pickle(path)["ema"])
-        kw = dict(label_dim=0, model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3,
-                  attn_resolutions=(16, 8), sigma_data=0.5) | kw  # EDM2's defaults
-        options = dict(shape=(kw["img_channels"], *[kw["img_resolution"]] * 2), classes=kw["label_dim"],
-                       channels=kw["model_channels"], channel_mult=tuple(kw["channel_mult"]),
-                       blocks=kw["num_blocks"], attention=tuple(kw["attn_resolutions"]),
-                       sigma_d=kw["sigma_data"], emb="fourier", c_noise="log", double_norm=False, head=False)
-        weights = {"cond.embed.freq": state.pop("unet.emb_fourier.freqs"),
-                   "cond.embed.phase": -state.pop("unet.emb_fourier.phases"),
-                   "out_gain": -state.pop("unet.out_gain")}
-        blocks = dict(enc=["first"], dec=["mid.0", "mid.1"])  # where the next ones go
-        blocks["enc"] += [f"enc.{i}" for i in range(99)]
-        blocks["dec"] += [f"dec.{i}" for i in range(99)]
-        place, single = {}, dict(emb_noise="cond.linear", emb_label="cond.label", out_conv="last")
-        for name, value in state.items():
-            part, *rest = name.removeprefix("unet.").split(".")
-            if part in blocks:
-                if (part, rest[0]) not in place:
-                    place[part, rest[0]] = blocks[part].pop(0)
-                rest[0] = place[part, rest[0]]
-                rest[1:2] = [EDM2_NAMES.get(rest[1], rest[1])]
-                weights[".".join(rest)] = value
-            elif not part.startswith("logvar"):  # the loss's own head
-                weights[single[part] + ".weight"] = value
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        fail(f"{path} is no snapshot of EDM2 ({type(error).__name__}: {error})")
-    config = {k: v for k, v in options.items() if k in NET_FIELDS} | dict(conditional=options["classes"] > 0)
-    weights = {k: v.float() for k, v in weights.items()}
-    return dict(script="edm2", config=config, options=options, net=weights, ema=weights, step=0)
+        ema = read_pickle(path)["ema"]
+        state, kw = module_tensors(ema), ema.state["_init_kwargs"]
+        edm2 = "unet.out_gain" in state
+        for name, value in (EDM2_FIXED if edm2 else DDPMPP_FIXED).items():
+            if kw.get(name, value) != value:
+                raise ValueError(f"{name} {kw[name]}")
+        shape, classes = (kw["img_channels"], *[kw["img_resolution"]] * 2), kw.get("label_dim", 0)
+        options, weights = (from_edm2 if edm2 else from_ddpmpp)(state, kw)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
+        fail(f"{path} is no snapshot of EDM2's U-Net or EDM's DDPM++ ({type(error).__name__}: {error})")
+    config = {k: v for k, v in options.items() if k in NET_FIELDS} | dict(conditional=classes > 0)
+    options |= dict(shape=shape, classes=classes, sigma_d=kw.get("sigma_data", 0.5), head=False)
+    return dict(script="edm", config=config, options=options, net=weights, ema=weights, step=0)
+
+
+def from_edm2(state, kw):
+    """Options and weights of UNet: F has the other sign, phases are subtracted, and blocks are counted in the
+    order in which they run."""
+    options = dict(arch="edm2", channels=kw.get("model_channels", 192), blocks=kw.get("num_blocks", 3),
+                   channel_mult=tuple(kw.get("channel_mult", (1, 2, 3, 4))), emb="fourier", c_noise="log",
+                   attention=tuple(kw.get("attn_resolutions", (16, 8))), double_norm=False)
+    weights = {"cond.embed.freq": state.pop("unet.emb_fourier.freqs"),
+               "cond.embed.phase": -state.pop("unet.emb_fourier.phases"),
+               "out_gain": -state.pop("unet.out_gain")}
+    places = dict(enc=["first", *(f"enc.{i}" for i in range(99))],
+                  dec=["mid.0", "mid.1", *(f"dec.{i}" for i in range(99))])
+    place, single = {}, dict(emb_noise="cond.linear", emb_label="cond.label", out_conv="last")
+    for name, value in state.items():
+        part, *rest = name.removeprefix("unet.").split(".")
+        if part in places:
+            if (part, rest[0]) not in place:
+                place[part, rest[0]] = places[part].pop(0)
+            rest[0] = place[part, rest[0]]
+            rest[1] = EDM2_NAMES.get(rest[1], rest[1])
+            weights[".".join(rest)] = value
+        elif not part.startswith("logvar"):  # the head of its loss
+            weights[single[part] + ".weight"] = value
+    return options, weights
+
+
+def from_ddpmpp(state, kw):
+    """Options and weights of DDPMpp, without the embedding of augmentations, whose labels are zero."""
+    options = dict(arch="ddpmpp", channels=kw.get("model_channels", 128), blocks=kw.get("num_blocks", 4),
+                   channel_mult=tuple(kw.get("channel_mult", (1, 2, 2, 2))), emb="positional", c_noise="log",
+                   attention=tuple(kw.get("attn_resolutions", (16,))))
+    weights = {}
+    for name, value in state.items():
+        name = re.sub(r"^model\.(map_l)", r"cond.\1", name).removeprefix("model.")
+        name = re.sub(r"^dec\.\d+x\d+_aux_(norm|conv)", lambda m: dict(norm="norm", conv="last")[m[1]], name)
+        if "resample_filter" not in name and "map_augment" not in name:
+            weights[name] = value
+    return options, weights
 
 
 def load_net(path, data=None):
@@ -1186,12 +1375,48 @@ def load_net(path, data=None):
     return net.eval().requires_grad_(False)
 
 
+def is_diffusers(path):
+    config = Path(path, "config.json")
+    return config.is_file() and '"_class_name": "UNet2DModel"' in config.read_text()
+
+
+class Diffusers(nn.Module):
+    """A folder of diffusers' UNet2DModel that predicts eps, such as google/ddpm-cifar10-32, as a teacher
+    without labels. Angles are turned into its time steps along log(sigma / alpha); beyond its first and last
+    it is called with those."""
+
+    def __init__(self, path, sigma_d):
+        super().__init__()
+        from diffusers import DDPMScheduler, UNet2DModel
+        self.net, self.sigma_d = UNet2DModel.from_pretrained(path), sigma_d
+        config = self.net.config
+        self.options = dict(shape=(config.in_channels, config.sample_size, config.sample_size), classes=0)
+        abar = DDPMScheduler.from_pretrained(path).alphas_cumprod.double()
+        self.register_buffer("log_ratio", (1 / abar - 1).log() / 2)  # log(sigma / alpha), ascending
+
+    def forward(self, x, t, y=None, s=None):
+        t = t.double()
+        ratio = self.sigma_d * t.tan()
+        log = ratio.log().clamp(self.log_ratio[0], self.log_ratio[-1])
+        i = torch.searchsorted(self.log_ratio, log).clamp(1, len(self.log_ratio) - 1)
+        below, above = self.log_ratio[i - 1], self.log_ratio[i]
+        time = (i - 1 + (log - below) / (above - below)).float()
+        noisy = self.sigma_d * x / like(t.cos(), x)                                  # x_0 + ratio eps
+        eps = self.net((noisy * like((1 + ratio**2).rsqrt(), x)).float(), time).sample.to(x.dtype)
+        return like(t.cos(), x) * eps - like(t.sin() / self.sigma_d, x) * (noisy - like(ratio, x) * eps)
+
+
 def load_teacher(cfg, data, device):
-    """--teacher: 'exact' (mixtures), a run folder or a checkpoint file; None if there is none."""
+    """--teacher: 'exact' (mixtures), a run, a checkpoint, a snapshot of EDM, a UNet2DModel; None for none."""
     if cfg.teacher == "exact" and not isinstance(data, Mixture):
         fail(f"--teacher exact knows only --dataset gmm, not {cfg.dataset}: give a run folder")
     if cfg.teacher == "exact":
         return data
+    if is_diffusers(cfg.teacher):
+        teacher = Diffusers(cfg.teacher, cfg.sigma_d).eval().requires_grad_(False).to(device)
+        if teacher.options["shape"] != data.shape:
+            fail(f"{cfg.teacher} is for {teacher.options['shape']}; this data has {data.shape}")
+        return teacher
     return load_net(cfg.teacher, data).to(device) if cfg.teacher else None
 
 
@@ -1202,7 +1427,7 @@ def load_init(net, cfg, data):
         source = load_net(path, data)
         state, old = net.state_dict(), source.state_dict()
         new = {k for k in state if ".head_" in k or ".guidance" in k and k not in old}
-        for options, parts in ((("emb", "emb_scale", "c_noise"), "cond.embed. cond.linear."),
+        for options, parts in ((("emb", "emb_scale", "c_noise"), "cond.embed. cond.linear. cond.map_layer0."),
                                (("double_norm", "norm_shift"), ".modulate.")):  # another form: learned anew
             if any(source.options.get(k) not in (None, net.options[k]) for k in options):
                 new |= {k for k in state.keys() | old.keys() for part in parts.split() if part in k}

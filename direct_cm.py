@@ -68,6 +68,7 @@ class Config:
     dropout: float = 0.0  # in residual blocks at 16 pixels and below; 0 = off
     ema_sigma_rel: float = 0.05  # width of the power-function EMA, relative to training; 0 = use ema_halflife
     ema_halflife: float = 5e5  # half-life of the EMA in samples
+    arch: Literal["edm2", "ddpmpp"] = "edm2"  # the U-Net: EDM2's, or DDPM++ as in EDM's CIFAR-10 runs
     channels: int = 64  # width of the first level (of all blocks in 2-D)
     channel_mult: tuple = (1, 2)  # width of each level over channels; a level halves the image
     blocks: int = 2  # residual blocks a level (in all, in 2-D)

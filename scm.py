@@ -57,6 +57,7 @@ class Config:
     dropout: float = 0.0  # in residual blocks at 16 pixels and below; 0 = off
     ema_sigma_rel: float = 0.05  # width of the power-function EMA, relative to training; 0 = use ema_halflife
     ema_halflife: float = 5e5  # half-life of the EMA in samples
+    arch: Literal["edm2", "ddpmpp"] = "edm2"  # the U-Net: EDM2's, or DDPM++ as in EDM's CIFAR-10 runs
     channels: int = 64  # width of the first level (of all blocks in 2-D)
     channel_mult: tuple = (1, 2)  # width of each level over channels; a level halves the image
     blocks: int = 2  # residual blocks a level (in all, in 2-D)
@@ -132,7 +133,8 @@ TEACHERS = {  # EDM2: learning rate, dropout, the teacher's EMA width, 2^20 imag
                         XL=(7e-3, 0.1, 0.02, 1280), XXL=(6.5e-3, 0.1, 0.015, 896))}
 for name, sizes in TEACHERS.items():
     for size, (lr, dropout, width, images) in sizes.items():
-        PRESETS[name, size] = dict(channels=dict(S=192, M=256, L=320, XL=384, XXL=448)[size], lr=lr / 100)
+        PRESETS[name, size] = dict(channels=dict(S=192, M=256, L=320, XL=384, XXL=448)[size], lr=lr / 100,
+                                   checkpointing=size in ("XL", "XXL"))
         PRESETS[name, size, "diffusion"] = dict(lr=lr, dropout=dropout, ema_sigma_rel=width,
                                                 steps=images * 2**20 // 2048)
         if name == "imagenet512":  # "25 / 35 %" and "0 / 10 %" in the paper; here S has the lower ones

@@ -78,7 +78,7 @@ SCRIPT = """
 import sys, torch
 sys.path.insert(0, {root!r}); sys.path.insert(0, {root!r} + "/tests")
 import common, test_attention as t
-assert common.attention_kernel() is not None
+assert common.triton_kernel() is not None
 for n, c, dtype, bound in ((70, 16, torch.float32, 1e-5), (130, 64, torch.float32, 1e-5), (70, 32, torch.float16, 2e-3)):
     x = [v.to(dtype).double() for v in t.inputs(n, c)]
     common.attention_blocks = None  # the kernel, and nothing else

@@ -296,26 +296,41 @@ class Command:
         return self.function, self.args
 
 
+def text(word):
+    return b"\x8c" + bytes([len(word)]) + word.encode()
+
+
 def hostile(kind):
     touch = Command(os.system, "touch touched")
-    if kind == "storage":  # a pickle in torch's old format, inside a tensor's storage
-        buffer = io.BytesIO()
-        torch.save(touch, buffer, _use_new_zipfile_serialization=False)
-        return Command(torch.storage._load_from_bytes, buffer.getvalue())
-    return dict(system=touch, code=Command(eval, "__import__('os').system('touch touched')"),
-                array=np.array([touch], dtype=object), nested=dict(ema=[(touch,)]))[kind]
+    legacy = io.BytesIO()  # a pickle in torch's old format, inside a tensor's storage
+    torch.save(touch, legacy, _use_new_zipfile_serialization=False)
+    layer = text("torch.nn.modules.linear") + text("Identity") + b"\x93"
+    dtype = pickle.dumps(np.dtype("O"), 4)[:-1]
+    return dict(system=touch, code=Command(eval, "open('touched', 'w')"), array=np.array([touch], dtype=object),
+                nested=dict(ema=[(touch,)]), storage=Command(torch.storage._load_from_bytes, legacy.getvalue()),
+                getattr=Command(getattr, Command(__import__, "os"), "system"),
+                dtype=dtype + b"(K\x03X\x01\x00\x00\x00|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb.",  # flags cleared
+                build=b"\x80\x04" + layer + b"N}" + text("x") + b"K\x01s\x86b.",
+                bounds=pickle.dumps(torch.ones(2), 4).replace(b"K\x02\x85", b"K\x63\x85"))[kind]
 
 
-@pytest.mark.parametrize("kind", ["system", "code", "array", "nested", "storage"])
-def test_hostile_pickles_run_nothing(kind):
-    """Whatever they name is not called: a touched file would betray it."""
-    with open("x.pkl", "wb") as file:
-        pickle.dump(hostile(kind), file)
-    try:
+@pytest.mark.parametrize("kind", ["system", "code", "array", "nested", "storage", "getattr", "build", "bounds"])
+def test_hostile_pickles_run_nothing(kind, capsys):
+    """Whatever they name is not called, and no class is changed: one line and exit code 2. (A touched file would
+    betray a call; a tensor larger than its storage would read foreign memory.)"""
+    content = hostile(kind)
+    Path("x.pkl").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    with pytest.raises(SystemExit) as error:
         common.read_pickle("x.pkl")
-    except SystemExit as error:
-        assert error.code == 2
-    assert not Path("touched").exists()
+    assert error.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not Path("touched").exists() and not hasattr(common.Record, "x")
+
+
+def test_raw_bytes_are_never_pointers():
+    """NumPy's dtype of objects with its flags cleared is a Record here, and no array can be made of it."""
+    Path("x.pkl").write_bytes(hostile("dtype"))
+    with pytest.raises(pickle.UnpicklingError):
+        common.number_type(common.read_pickle("x.pkl"))
 
 
 def test_harmless_pickles_load():

@@ -5,10 +5,12 @@ import sys
 import types
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as tnf
 
+import cm
 import common
 import scm
 
@@ -147,6 +149,63 @@ class Precond(torch.nn.Module):
         return sd**2 / (s**2 + sd**2) * x + s * sd / (s**2 + sd**2).sqrt() * F
 
 
+# ---- EDM's DDPM++ (Song et al. 2021; EDM, App. F): formulas written out, parameters by EDM's names
+def ddpmpp_block(P, x, emb, resample=""):
+    def conv(name, x):
+        return tnf.conv2d(x, P[name + ".weight"], P[name + ".bias"], padding=P[name + ".weight"].shape[-1] // 2)
+
+    def norm(name, x):
+        b, c, h, w = x.shape
+        x = x.reshape(b, min(32, c // 4), -1)
+        x = ((x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True, unbiased=False) + 1e-6).sqrt()).reshape(b, c, h, w)
+        return x * P[name + ".weight"].view(-1, 1, 1) + P[name + ".bias"].view(-1, 1, 1)
+
+    def scale(x):
+        b, c, h, w = x.shape
+        if resample == "down":
+            return x.reshape(b, c, h // 2, 2, w // 2, 2).mean((3, 5))
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3) if resample == "up" else x
+    y = conv("conv0", scale(tnf.silu(norm("norm0", x))))
+    y = y + (emb @ P["affine.weight"].T + P["affine.bias"])[:, :, None, None]
+    y = conv("conv1", tnf.silu(norm("norm1", y)))
+    x = (y + (conv("skip", scale(x)) if "skip.weight" in P else x)) / math.sqrt(2)
+    if "qkv.weight" in P:
+        q, k, v = conv("qkv", norm("norm2", x)).reshape(len(x), x.shape[1], 3, -1).unbind(2)
+        w = torch.einsum("ncq,nck->nqk", q, k / math.sqrt(x.shape[1])).softmax(2)
+        x = (x + conv("proj", torch.einsum("nqk,nck->ncq", w, v).reshape(x.shape))) / math.sqrt(2)
+    return x
+
+
+def ddpmpp_denoiser(P, x, sigma, onehot, sd=0.5):
+    """D(x; sigma) from a flat dict of EDM's names, in the order of its enc and dec."""
+    s = sigma[:, None, None, None]
+    freqs = (1 / 10000) ** (torch.arange(8).double() / 7)
+    angle = (sigma.log() / 4)[:, None] * freqs
+    emb = torch.cat([angle.sin(), angle.cos()], 1) + (onehot * 2) @ P["map_label.weight"].T + P["map_label.bias"]
+    for layer in ("map_layer0", "map_layer1"):
+        emb = tnf.silu(emb @ P[layer + ".weight"].T + P[layer + ".bias"])
+    blocks = {}
+    for name, value in P.items():
+        if name[:4] in ("enc.", "dec."):
+            part, block, rest = name.split(".", 2)
+            blocks.setdefault((part, block), {})[rest] = value
+    h, skips = x / (s**2 + sd**2).sqrt(), []
+    for (part, name), own in blocks.items():
+        if "aux" in name:
+            continue
+        if name.endswith("conv"):
+            h = tnf.conv2d(h, own["weight"], own["bias"], padding=1)
+        else:
+            h = torch.cat([h, skips.pop()], 1) if part == "dec" and "block" in name else h
+            h = ddpmpp_block(own, h, emb, {"down": "down", "up": "up"}.get(name.split("_")[1], ""))
+        if part == "enc":
+            skips.append(h)
+    g, c = blocks["dec", "8x8_aux_norm"], blocks["dec", "8x8_aux_conv"]
+    h = tnf.group_norm(h, min(32, h.shape[1] // 4), g["weight"], g["bias"], 1e-6)
+    F = tnf.conv2d(tnf.silu(h), c["weight"], c["bias"], padding=1)
+    return sd**2 / (s**2 + sd**2) * x + s * sd / (s**2 + sd**2).sqrt() * F
+
+
 def alarm(meta):
     raise AssertionError("code from the snapshot was called")
 
@@ -212,6 +271,43 @@ def test_edm2s_snapshot_is_the_same_denoiser(edm2):
     assert (denoiser(rounded, x, sigma, y) - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+class Song(torch.nn.Module):
+    """Only the tree of EDM's parameters: EDMPrecond holds `model`, whose blocks have EDM's names and sizes."""
+
+
+def test_edms_ddpmpp_snapshot_is_the_same_denoiser(train, folder):
+    """The published layout of EDM's CIFAR-10 networks, to float tolerance; and it starts and teaches a student."""
+    torch.manual_seed(0)
+    ours = common.DDPMpp((3, 8, 8), 4, channels=16, channel_mult=(1, 2), blocks=2, attention=(4,), head=False)
+    top, P = Song(), {}
+    top._init_kwargs = dict(img_resolution=8, img_channels=3, label_dim=4, model_type="SongUNet", model_channels=16,
+                            channel_mult=[1, 2], num_blocks=2, attn_resolutions=[4], augment_dim=9)
+    for name, value in ours.state_dict().items():
+        name = name.replace("cond.", "").replace("norm.", "dec.8x8_aux_norm.", name.startswith("norm."))
+        P[name.replace("last.", "dec.8x8_aux_conv.")] = 0.2 * torch.randn(value.shape) + ("norm" in name)
+    P |= {"map_augment.weight": torch.randn(16, 9), "dec.8x8_up.skip.resample_filter": torch.ones(1, 1, 2, 2)}
+    for name, value in P.items():
+        node = top
+        for part in ["model", *name.split(".")[:-1]]:
+            if part not in node._modules:
+                node.add_module(part, Song())
+            node = node._modules[part]
+        node.register_parameter(name.split(".")[-1], torch.nn.Parameter(value))
+    snapshot(top, "edm.pkl")
+    net, sigma = common.load_net("edm.pkl").double(), torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0]).double()
+    x, y = (sigma + 0.5)[:, None, None, None] * torch.randn(5, 3, 8, 8).double(), torch.tensor([0, 1, 2, 3, -1])
+    onehot = tnf.one_hot(y.clamp(min=0), 4).double() * (y >= 0)[:, None]
+    with torch.no_grad():
+        expected = ddpmpp_denoiser({k: v.double() for k, v in P.items()}, x, sigma, onehot)
+        assert torch.allclose(denoiser(net, x, sigma, y), expected, atol=1e-6, rtol=1e-6)
+    (folder / "d").mkdir()
+    (folder / "a" / "0.png").rename(folder / "d" / "0.png")
+    for mode in ("scd", "sct"):
+        ckpt = train("--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 2, "--mode", mode, "--teacher", "edm.pkl",
+                     "--dropout", 0.1, "--out", mode)
+        assert ckpt["options"]["arch"] == "ddpmpp" and ckpt["options"]["channel_mult"] == (1, 2)
+
+
 def test_edm2s_snapshot_teaches(edm2, train, folder):
     """As --teacher it hands its architecture on; as --init into TrigFlow what has another form is learned anew."""
     flags = ["--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 2, "--label_dropout", 0]
@@ -240,3 +336,26 @@ def test_foreign_pickles_are_refused_in_one_line(capsys):
     with pytest.raises(SystemExit):
         scm.main(["--mode", "scd", "--teacher", "x.pkl"])
     assert "cannot read x.pkl" in capsys.readouterr().err
+
+
+def test_diffusers_unet_predicts_its_noise(train, folder):
+    """At the time steps of its schedule, F is eps and x_0 of the scheduler's own formula; cm.py distills it."""
+    torch.manual_seed(0)
+    net = diffusers.UNet2DModel(sample_size=8, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8,
+                                down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2)
+    scheduler = diffusers.DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02)
+    net.save_pretrained("ddpm")
+    scheduler.save_pretrained("ddpm")
+    steps = torch.tensor([0, 10, 500, 999])
+    z = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        eps = net(z, steps).sample
+    abar = scheduler.alphas_cumprod[steps].double()
+    x_0 = (z - (1 - abar).sqrt()[:, None, None, None] * eps) / abar.sqrt()[:, None, None, None]  # without clipping
+    x_t, t = common.to_trigflow(z.double(), abar.sqrt(), (1 - abar).sqrt(), 0.5)
+    F = common.Diffusers("ddpm", 0.5)(x_t / 0.5, t)
+    cos, sin = t.cos()[:, None, None, None], t.sin()[:, None, None, None]
+    assert torch.allclose(F, (cos * 0.5 * eps - sin * x_0) / 0.5, atol=1e-3)
+    ckpt = train("--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 1, "--channels", 8, "--teacher", "ddpm",
+                 "--out", "cd", script=cm)
+    assert ckpt["step"] == 1
