@@ -905,8 +905,6 @@ class DDPMppBlock(nn.Module):
         if attend:
             self.norm2 = group_norm(cout)
             self.qkv, self.proj = nn.Conv2d(cout, 3 * cout, 1), nn.Conv2d(cout, cout, 1)
-            self.proj.weight.data *= 1e-5
-        self.conv1.weight.data *= 1e-5
 
     def scale(self, x):
         if self.resample == "up":
@@ -914,19 +912,30 @@ class DDPMppBlock(nn.Module):
         return tnf.avg_pool2d(x, 2) if self.resample == "down" else x
 
     def forward(self, x, emb):
-        y = self.conv0(self.scale(tnf.silu(self.norm0(x)))) + self.affine(emb)[:, :, None, None]
-        y = self.conv1(dropout(tnf.silu(self.norm1(y)), self.dropout, self.training))
-        x = (y + (self.skip(self.scale(x)) if self.skip else x)) * math.sqrt(0.5)
+        y = conv(self.conv0, self.scale(tnf.silu(norm(self.norm0, x))))
+        y = norm(self.norm1, y + self.affine(emb)[:, :, None, None].to(y.dtype))
+        y = conv(self.conv1, dropout(tnf.silu(y), self.dropout, self.training))
+        x = (y + (conv(self.skip, self.scale(x)) if self.skip else x)) * math.sqrt(0.5)
         if hasattr(self, "qkv"):
             b, c, height, width = x.shape
-            qkv = self.qkv(self.norm2(x)).view(b, 1, c, 3, height * width).transpose(2, 4)
+            qkv = conv(self.qkv, norm(self.norm2, x)).view(b, 1, c, 3, height * width).transpose(2, 4)
             y = attention(*qkv.unbind(3)).transpose(2, 3).reshape(b, c, height, width)  # one head
-            x = (x + self.proj(y)) * math.sqrt(0.5)
+            x = (x + conv(self.proj, y)) * math.sqrt(0.5)
         return x
 
 
 def group_norm(channels):
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+def conv(layer, x):
+    """In x's precision: autocast does not reach into a JVP."""
+    return tnf.conv2d(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype), padding=layer.padding)
+
+
+def norm(layer, x):
+    """In float32 or wider, back in x's precision."""
+    return layer(x.to(layer.weight.dtype)).to(x.dtype)
 
 
 class DDPMpp(nn.Module):
@@ -938,7 +947,7 @@ class DDPMpp(nn.Module):
         super().__init__()
         if of_edm2.get("guidance"):
             fail("--arch ddpmpp takes no guidance scale: --guidance_max must be 1")
-        self.half = DTYPES[dtype]
+        self.dtype = DTYPES[dtype] if dtype != "fp32" else None
         self.cond = DDPMppEmbedding(channels, classes, sigma_d, c_noise, emb_scale, head)
         width, skips, self.enc, self.dec = channels, [channels], nn.ModuleDict(), nn.ModuleDict()
         levels = [(shape[1] >> i, channels * m) for i, m in enumerate(channel_mult)]
@@ -964,18 +973,21 @@ class DDPMpp(nn.Module):
                 self.dec.update([block(f"{res}x{res}_block{j}", width + skips.pop(), cout, attend)])
                 width = cout
         self.norm, self.last = group_norm(width), nn.Conv2d(width, shape[0], 3, padding=1)
+        small = dict(conv1=1e-5, proj=1e-5, last=1e-5, qkv=0.2**0.5)  # residual branches start near zero
+        for name, layer in self.named_modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(layer.weight, small.get(name.split(".")[-1], 1))
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x, t, y=None, s=None, return_w=False):
-        emb, dtype, skips = self.cond(t, y), self.last.weight.dtype, []
-        half = self.half if self.half != torch.float32 else dtype
-        with torch.autocast(x.device.type, half, enabled=half != dtype):
-            x = x.to(dtype)
-            for name, block in self.enc.items():
-                x = block(x) if name.endswith("conv") else block(x, emb)
-                skips.append(x)
-            for name, block in self.dec.items():
-                x = block(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
-            F = -self.last(tnf.silu(self.norm(x))).to(dtype)  # EDM's F has the other sign
+        emb, skips = self.cond(t, y), []
+        x = x.to(self.dtype or emb.dtype)
+        for name, block in self.enc.items():
+            x = conv(block, x) if name.endswith("conv") else block(x, emb)
+            skips.append(x)
+        for name, block in self.dec.items():
+            x = block(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
+        F = -conv(self.last, tnf.silu(norm(self.norm, x))).to(emb.dtype)  # EDM's F has the other sign
         return (F, self.cond.weight(t)) if return_w else F
 
 
@@ -1304,7 +1316,7 @@ def read_edm(path):
     try:
         ema = read_pickle(path)["ema"]
         state, kw = module_tensors(ema), ema.state["_init_kwargs"]
-        edm2 = "unet.out_gain" in state
+        edm2 = {"Precond": True, "EDMPrecond": False}[ema.class_name]
         for name, value in (EDM2_FIXED if edm2 else DDPMPP_FIXED).items():
             if kw.get(name, value) != value:
                 raise ValueError(f"{name} {kw[name]}")
@@ -1376,8 +1388,9 @@ def load_net(path, data=None):
 
 
 def is_diffusers(path):
-    config = Path(path, "config.json")
-    return config.is_file() and '"_class_name": "UNet2DModel"' in config.read_text()
+    """A folder of diffusers' UNet2DModel, or of a pipeline with one in unet/."""
+    configs = Path(path, "config.json"), Path(path, "unet", "config.json")
+    return any(file.is_file() and '"UNet2DModel"' in file.read_text() for file in configs)
 
 
 class Diffusers(nn.Module):
@@ -1388,14 +1401,17 @@ class Diffusers(nn.Module):
     def __init__(self, path, sigma_d):
         super().__init__()
         from diffusers import DDPMScheduler, UNet2DModel
-        self.net, self.sigma_d = UNet2DModel.from_pretrained(path), sigma_d
-        config = self.net.config
+        folders = ("unet", "scheduler") if Path(path, "unet").is_dir() else ("", "")
+        self.net, self.sigma_d = UNet2DModel.from_pretrained(Path(path, folders[0])), sigma_d
+        config, scheduler = self.net.config, DDPMScheduler.from_pretrained(Path(path, folders[1]))
+        if scheduler.config.prediction_type != "epsilon":
+            fail(f"{path} predicts {scheduler.config.prediction_type}: only epsilon is known")
         self.options = dict(shape=(config.in_channels, config.sample_size, config.sample_size), classes=0)
-        abar = DDPMScheduler.from_pretrained(path).alphas_cumprod.double()
+        abar = (1 - scheduler.betas.double()).cumprod(0)
         self.register_buffer("log_ratio", (1 / abar - 1).log() / 2)  # log(sigma / alpha), ascending
 
     def forward(self, x, t, y=None, s=None):
-        t = t.double()
+        t = torch.minimum(t.double(), torch.atan(self.log_ratio[-1].exp() / self.sigma_d))
         ratio = self.sigma_d * t.tan()
         log = ratio.log().clamp(self.log_ratio[0], self.log_ratio[-1])
         i = torch.searchsorted(self.log_ratio, log).clamp(1, len(self.log_ratio) - 1)

@@ -54,6 +54,23 @@ def test_sizes_are_the_papers(size, millions):
     assert body / 1e6 == pytest.approx(millions, abs=0.3)
 
 
+def test_label_dropout_rate():
+    """A tenth of the labels become -1, within four standard deviations of the binomial."""
+    n = 20_000
+    y = common.Draw(0, 0, 0, n).labels(torch.ones(n, dtype=torch.int64), scm.Config(conditional=True, label_dropout=0.1))
+    assert abs((y == -1).double().mean() - 0.1) < 4 * (0.09 / n) ** 0.5 and set(y.tolist()) == {-1, 1}
+
+
+def test_guidance_scale_is_an_input_that_starts_silent(nets):
+    """At the start the student is the teacher, which knows no scale; with any gain the scale moves the output."""
+    _, net = nets(classes=3, guidance=True)
+    x, t, y = torch.randn(2, 3, 8, 8).double(), torch.tensor([0.4, 1.3]).double(), torch.tensor([0, 2])
+    low, high = torch.ones(2).double(), torch.full((2,), 2.0).double()
+    assert not torch.allclose(net(x, t, y, low), net(x, t, y, high))
+    net.cond.guidance_gain.data.zero_()
+    assert torch.equal(net(x, t, y, low), net(x, t, y, high)) and torch.equal(net(x, t, y, low), net(x, t, y))
+
+
 @pytest.fixture
 def vae():
     """Folder of a tiny AutoencoderKL: 16 x 16 pixels <-> 4 x 8 x 8 latents."""

@@ -271,7 +271,7 @@ def test_edm2s_snapshot_is_the_same_denoiser(edm2):
     assert (denoiser(rounded, x, sigma, y) - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-class Song(torch.nn.Module):
+class EDMPrecond(torch.nn.Module):
     """Only the tree of EDM's parameters: EDMPrecond holds `model`, whose blocks have EDM's names and sizes."""
 
 
@@ -279,7 +279,7 @@ def test_edms_ddpmpp_snapshot_is_the_same_denoiser(train, folder):
     """The published layout of EDM's CIFAR-10 networks, to float tolerance; and it starts and teaches a student."""
     torch.manual_seed(0)
     ours = common.DDPMpp((3, 8, 8), 4, channels=16, channel_mult=(1, 2), blocks=2, attention=(4,), head=False)
-    top, P = Song(), {}
+    top, P = EDMPrecond(), {}
     top._init_kwargs = dict(img_resolution=8, img_channels=3, label_dim=4, model_type="SongUNet", model_channels=16,
                             channel_mult=[1, 2], num_blocks=2, attn_resolutions=[4], augment_dim=9)
     for name, value in ours.state_dict().items():
@@ -290,7 +290,7 @@ def test_edms_ddpmpp_snapshot_is_the_same_denoiser(train, folder):
         node = top
         for part in ["model", *name.split(".")[:-1]]:
             if part not in node._modules:
-                node.add_module(part, Song())
+                node.add_module(part, EDMPrecond())
             node = node._modules[part]
         node.register_parameter(name.split(".")[-1], torch.nn.Parameter(value))
     snapshot(top, "edm.pkl")
@@ -302,9 +302,9 @@ def test_edms_ddpmpp_snapshot_is_the_same_denoiser(train, folder):
         assert torch.allclose(denoiser(net, x, sigma, y), expected, atol=1e-6, rtol=1e-6)
     (folder / "d").mkdir()
     (folder / "a" / "0.png").rename(folder / "d" / "0.png")
-    for mode in ("scd", "sct"):
+    for mode, dtype in (("scd", "fp32"), ("sct", "bf16")):
         ckpt = train("--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 2, "--mode", mode, "--teacher", "edm.pkl",
-                     "--dropout", 0.1, "--out", mode)
+                     "--dropout", 0.1, "--dtype", dtype, "--out", mode)
         assert ckpt["options"]["arch"] == "ddpmpp" and ckpt["options"]["channel_mult"] == (1, 2)
 
 
@@ -326,12 +326,18 @@ def test_edm2s_snapshot_teaches(edm2, train, folder):
 
 def test_foreign_pickles_are_refused_in_one_line(capsys):
     """No snapshot, or an unknown network."""
-    for value in (dict(a=1), dict(ema=torch.nn.Linear(2, 2)), [1, 2]):
+    for value in (dict(a=1), dict(ema=torch.nn.Linear(2, 2)), [1, 2]):  # other kinds: below
         with open("x.pkl", "wb") as file:
             pickle.dump(value, file)
         with pytest.raises(SystemExit):
             common.load_net("x.pkl")
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    odd = Precond(**SMALL)
+    odd._init_kwargs["res_balance"] = 0.4
+    snapshot(odd, "odd.pkl")
+    with pytest.raises(SystemExit):
+        common.load_net("odd.pkl")
+    assert "res_balance 0.4" in capsys.readouterr().err
     Path("x.pkl").write_bytes(b"\x80\x04 nothing")
     with pytest.raises(SystemExit):
         scm.main(["--mode", "scd", "--teacher", "x.pkl"])
@@ -356,6 +362,7 @@ def test_diffusers_unet_predicts_its_noise(train, folder):
     F = common.Diffusers("ddpm", 0.5)(x_t / 0.5, t)
     cos, sin = t.cos()[:, None, None, None], t.sin()[:, None, None, None]
     assert torch.allclose(F, (cos * 0.5 * eps - sin * x_0) / 0.5, atol=1e-3)
+    assert common.Diffusers("ddpm", 0.5)(x_t, torch.full((4,), math.pi / 2).double()).isfinite().all()
     ckpt = train("--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 1, "--channels", 8, "--teacher", "ddpm",
                  "--out", "cd", script=cm)
     assert ckpt["step"] == 1
