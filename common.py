@@ -112,13 +112,18 @@ def parse_args(Config, presets, modes, argv=None):
         if choice[name] not in valid:
             fail(f"unknown {name} {choice[name]!r}; the {name}s are {', '.join(valid) or 'the default'}")
     data, size, mode = choice["dataset"], choice["size"] or "S", choice["mode"]
-    values = dict(presets[data])
-    for key in ((data, size), (data, mode), (data, size, mode)):
-        values |= presets.get(key, {})
+    keys = (data, (data, size), (data, mode), (data, size, mode))
+    values = {k: v for key in keys for k, v in presets.get(key, {}).items()}
     source = init_path(values | flags)
     if source and not stored:
         values |= {k: v for k, v in read_checkpoint(source)["config"].items() if k in NET_FIELDS}
     cfg = Config(**{k: v for k, v in (values | stored | flags).items() if k in fields})
+    check_ranges(cfg, fields)
+    return cfg
+
+
+def check_ranges(cfg, fields):
+    """Ends the program on values that no run can use."""
     for name, field in fields.items():
         value, least = getattr(cfg, name), int(name in AT_LEAST_1)
         if field.type in (int, float) and name not in ("P_mean", "label") and not least <= value < math.inf:
@@ -134,7 +139,6 @@ def parse_args(Config, presets, modes, argv=None):
         fail(f"--batch {cfg.batch} must be a multiple of processes x --micro, {WORLD} x {cfg.micro or 1}")
     if cfg.save and Path(cfg.save).suffix not in (".png", ".npz"):
         fail(f"--save takes a .png or a .npz file, not {cfg.save}")
-    return cfg
 
 
 def boolean(text):

@@ -127,6 +127,8 @@ def mode_shares(x, mixture):
 
 def points(x, noise, y, nfe, cfg):
     """The metrics of points (n, D)."""
+    if not cfg:
+        fail("points from a file say nothing of their data: give the run's folder")
     data = common.dataset(cfg)
     fresh, _ = data.batch(common.Draw(0, 2**32, 0, len(x)))
     row = dict(energy_distance=common.energy_distance(x, fresh), mode_shares=mode_shares(x, data),
@@ -433,8 +435,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if min(args.nfe + [args.samples, args.batch, args.seeds, args.jobs]) < 1:
         fail("--nfe, --samples, --batch, --seeds and --jobs must be at least 1")
-    if bool(args.runs) == bool(args.toy):
-        fail("give the run folders to compare, or --toy STEPS")
+    if bool(args.runs) == bool(args.toy) or args.toy and WORLD > 1:
+        fail("give the run folders to compare, or --toy STEPS (with --jobs, not under torchrun)")
     first = Path((args.runs or ["out/toy"])[0])
     args.out = args.out or str(first.parent if first.suffix else first)
     return args

@@ -218,7 +218,7 @@ def test_hostile_pickle_runs_nothing(pictures, capsys):
     (["pictures-run", "--features", "inception", "--weights", "x.pt"], "no feature network at x.pt"),
     (["pictures-run", "--reference", "broken.npz"], "cannot read"),
     (["pictures-run", "--features", "dinov2", "--weights", "/no/such"], "huggingface.co"),
-    (["points.npz", "--prompts", "nowhere"], "--prompts"), (["images.npz"], "--reference"),
+    (["points.npz", "--prompts", "nowhere"], "--prompts"), (["points.npz"], "points from a file"), (["images.npz"], "--reference"),
     (["pictures-run", "--features", "notes.txt"], "TorchScript"), (["odd.npz"], "no samples")])
 def test_bad_input_is_one_line(pictures, flags, word, capsys):
     """Exit code 2, and a line that says what is wrong."""
