@@ -114,12 +114,12 @@ PRESETS = {
     "folder": dict(conditional=True, steps=1000, batch=128, lr=2e-3, lr_cooldown=0.5, blocks=1),
     ("folder", "diffusion"): dict(steps=3000, lr=1e-2, lr_warmup=100, label_dropout=0.1, P_mean=-1.2,
                                   P_std=1.2),
-    # FID of 1 / 2 steps: cd (lpips) 3.55 / 2.93, ct 8.70 / 5.83, ict 2.83 / 2.46. # DEPARTS: EDM2's U-Net
+    # FID of 1 / 2 steps: cd (lpips) 3.55 / 2.93, ct 8.70 / 5.83, ict 2.83 / 2.46. # DEPARTS: no NCSN++
     "cifar10": dict(batch=512, steps=800_000, lr=4e-4, optimizer="radam", beta2=0.999, ema_sigma_rel=0.0,
-                    ema_halflife=3.5e6, channels=128, channel_mult=(1, 2, 2), blocks=3, attention=(16,),
-                    save_every=2500, metric="lpips", sigmas=(80.0, 0.585), c_noise="log"),
-    ("cifar10", "diffusion"): dict(lr=1e-2, lr_warmup=20_000, lr_ref=35_000, steps=400_000, optimizer="adam",
-                                   dropout=0.13, P_mean=-1.2, P_std=1.2),  # EDM2's lr, for its U-Net
+                    ema_halflife=3.5e6, arch="ddpmpp", channels=128, channel_mult=(2, 2, 2), blocks=4,
+                    attention=(16,), save_every=2500, metric="lpips", sigmas=(80.0, 0.585), c_noise="log"),
+    ("cifar10", "diffusion"): dict(lr=1e-3, lr_warmup=19_531, steps=400_000, optimizer="adam",
+                                   dropout=0.13, P_mean=-1.2, P_std=1.2),
     ("cifar10", "ct"): dict(scales_start=2, scales=150, mu=0.9),
     ("cifar10", "ict"): ICT | dict(batch=1024, steps=400_000, lr=1e-4, dropout=0.3, ema_halflife=1e7),
     ("cifar10", "ctcd"): dict(lr=5e-6, steps=400_000, dropout=0.3, metric="l2"),

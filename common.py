@@ -809,6 +809,13 @@ class Block(nn.Module):
         return x.clamp(-256, 256) if x.dtype == torch.float16 else x  # DEPARTS: EDM2 clips in float32, too
 
 
+def run_block(net, block, x, emb):
+    """With --checkpointing the backward pass computes the inside of a block once more."""
+    if net.checkpointing and torch.is_grad_enabled():
+        return torch.utils.checkpoint.checkpoint(block, x, emb, use_reentrant=False)
+    return block(x, emb)
+
+
 class UNet(nn.Module):
     """EDM2's U-Net: F (B, C, H, W) = net(x (B, C, H, W), t (B,), y (B,)); s (B,) is the guidance scale.
 
@@ -856,19 +863,14 @@ class UNet(nn.Module):
         emb = self.cond(t, y, s)
         x = x.to(self.dtype or emb.dtype, memory_format=torch.channels_last)
         x = self.first(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
-
-        def run(block, x):  # with checkpointing the backward pass computes the block's inside once more
-            if self.checkpointing and torch.is_grad_enabled():
-                return torch.utils.checkpoint.checkpoint(block, x, emb, use_reentrant=False)
-            return block(x, emb)
         skips = [x]
         for block in self.enc:
-            x = run(block, x)
+            x = run_block(self, block, x, emb)
             skips.append(x)
         for block in self.mid:
-            x = run(block, x)
+            x = run_block(self, block, x, emb)
         for block in self.dec:
-            x = run(block, x if block.resample else mp_cat(x, skips.pop()))
+            x = run_block(self, block, x if block.resample else mp_cat(x, skips.pop()), emb)
         F = self.last(x, self.out_gain).to(emb.dtype)
         return (F, self.cond.weight(t)) if return_w else F
 
@@ -951,7 +953,7 @@ class DDPMpp(nn.Module):
         super().__init__()
         if of_edm2.get("guidance"):
             fail("--arch ddpmpp takes no guidance scale: --guidance_max must be 1")
-        self.dtype = DTYPES[dtype] if dtype != "fp32" else None
+        self.dtype, self.checkpointing = DTYPES[dtype] if dtype != "fp32" else None, False
         self.cond = DDPMppEmbedding(channels, classes, sigma_d, c_noise, emb_scale, head)
         width, skips, self.enc, self.dec = channels, [channels], nn.ModuleDict(), nn.ModuleDict()
         levels = [(shape[1] >> i, channels * m) for i, m in enumerate(channel_mult)]
@@ -987,10 +989,10 @@ class DDPMpp(nn.Module):
         emb, skips = self.cond(t, y), []
         x = x.to(self.dtype or emb.dtype)
         for name, block in self.enc.items():
-            x = conv(block, x) if name.endswith("conv") else block(x, emb)
+            x = conv(block, x) if name.endswith("conv") else run_block(self, block, x, emb)
             skips.append(x)
         for name, block in self.dec.items():
-            x = block(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
+            x = run_block(self, block, torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
         F = -conv(self.last, tnf.silu(norm(self.norm, x))).to(emb.dtype)  # EDM's F has the other sign
         return (F, self.cond.weight(t)) if return_w else F
 

@@ -119,13 +119,12 @@ PRESETS = {
                                   P_std=1.2),
     # FID of 1 / 2 steps: ect 3.78 / 2.13, sct 3.11 / 2.05, phased 1.95 (4) 1.86 (8); conditional 3.03 / 1.88.
     # --batch 512 --steps 300000 --ema_halflife 3.5e6: 2.92 / 2.02; conditional 2.88 / 1.87.
-    # DEPARTS: EDM2's U-Net, not DDPM++
     "cifar10": dict(batch=128, steps=200_000, lr=1e-4, optimizer="radam", beta2=0.999, ema_sigma_rel=0.0,
-                    ema_halflife=8.9e5, dropout=0.2, channels=128, channel_mult=(1, 2, 2), blocks=3,
-                    attention=(16,), save_every=2500, c_noise="log", q=2**0.5, d=12_500),
+                    ema_halflife=8.9e5, dropout=0.2, arch="ddpmpp", channels=128, channel_mult=(2, 2, 2),
+                    blocks=4, attention=(16,), save_every=2500, c_noise="log", q=2**0.5, d=12_500),
     ("cifar10", "ect"): dict(q=2.0, d=25_000, delta=0.0),
-    ("cifar10", "diffusion"): dict(lr=1e-2, lr_warmup=20_000, lr_ref=35_000, steps=400_000, optimizer="adam",
-                                   batch=512, beta2=0.99, dropout=0.13, P_mean=-1.2, P_std=1.2),
+    ("cifar10", "diffusion"): dict(lr=1e-3, lr_warmup=19_531, steps=400_000, optimizer="adam", batch=512,
+                                   dropout=0.13, P_mean=-1.2, P_std=1.2),
     # ect S 5.51 / 3.18, M 3.67 / 2.35; sct S 5.10 / 3.05, M 3.30 / 2.13; --batch 1024: sct M 2.42 / 1.55.
     # The paper does not say its reference set here: a batch of 128 has hardly two images of one class.
     "imagenet64": dict(image_size=64, conditional=True, batch=128, steps=100_000, lr=1e-3, lr_ref=2000,

@@ -54,6 +54,13 @@ def test_sizes_are_the_papers(size, millions):
     assert body / 1e6 == pytest.approx(millions, abs=0.3)
 
 
+def test_cifar10_is_trained_on_ddpmpp():
+    """The papers' network: 55.7 M parameters (EDM, Tab. 7: 56 M)."""
+    with torch.device("meta"):
+        net = common.network(config("--dataset", "cifar10", "--mode", "sct"), type("Data", (), dict(shape=(3, 32, 32))), head=False)
+    assert isinstance(net, common.DDPMpp) and sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(55.7, abs=0.1)
+
+
 def test_label_dropout_rate():
     """A tenth of the labels become -1, within four standard deviations of the binomial."""
     n = 20_000
@@ -165,9 +172,10 @@ def test_encoding_goes_on_after_a_kill(folder, vae, monkeypatch, capsys):
     assert "begun from other" in capsys.readouterr().err
 
 
-def test_checkpointing_changes_no_gradient(nets):
+@pytest.mark.parametrize("arch", ["edm2", "ddpmpp"])
+def test_checkpointing_changes_no_gradient(arch):
     """Also with dropout: the second pass draws the masks of the first."""
-    _, net = nets(dropout=0.3)
+    net = common.build(dict(arch=arch, shape=(3, 8, 8), channels=8, blocks=1, attention=(4,), dropout=0.3)).double()
     x, t = torch.randn(2, 3, 8, 8).double(), torch.tensor([0.3, 1.2]).double()
     grads = []
     for net.checkpointing in (False, True):
