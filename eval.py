@@ -266,6 +266,8 @@ def reference(args, cfg, features):
         other = dict(dataset="folder", data=path) if path else {}
         plain = dict(conditional=False, channel_mult=(1,))  # no labels, no network to fit
         images = common.dataset(SimpleNamespace(**own | other | plain)).images
+    if len(images) < 2:
+        fail("one reference image has no covariance: give --reference more")
     digest = hashlib.sha1(args.features.encode())
     for part in range(0, len(images), 1000):
         digest.update(np.ascontiguousarray(images[part:part + 1000]))
@@ -433,8 +435,8 @@ def parse_args(argv):
     parser.add_argument("--jobs", type=int, default=1, help="runs of --toy at a time [1]")
     parser.add_argument("--out", help="folder to write to [the first run's, or out/toy]")
     args = parser.parse_args(argv)
-    if min(args.nfe + [args.samples, args.batch, args.seeds, args.jobs]) < 1:
-        fail("--nfe, --samples, --batch, --seeds and --jobs must be at least 1")
+    if min(args.nfe + [args.samples - 1, args.batch, args.seeds, args.jobs]) < 1:
+        fail("--samples must be at least 2, --nfe, --batch, --seeds and --jobs at least 1")
     if bool(args.runs) == bool(args.toy) or args.toy and WORLD > 1:
         fail("give the run folders to compare, or --toy STEPS (with --jobs, not under torchrun)")
     first = Path((args.runs or ["out/toy"])[0])

@@ -213,7 +213,7 @@ def test_hostile_pickle_runs_nothing(pictures, capsys):
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["nowhere"], "no checkpoint"), (["pictures-run", "--nfe", "0"], "at least 1"), ([], "--toy"),
+    (["nowhere"], "no checkpoint"), (["pictures-run", "--nfe", "0"], "at least 1"), (["pictures-run", "--samples", "1"], "at least 2"), ([], "--toy"),
     (["pictures-run", "--features", "nowhere.pt"], "TorchScript"), (["broken.npz"], "cannot read"),
     (["pictures-run", "--features", "inception", "--weights", "x.pt"], "no feature network at x.pt"),
     (["pictures-run", "--reference", "broken.npz"], "cannot read"),
@@ -229,7 +229,7 @@ def test_bad_input_is_one_line(pictures, flags, word, capsys):
     np.savez("images.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
-        evaluation.main([*flags, "--samples", "8"])
+        evaluation.main(["--samples", "8", *flags])
     lines = capsys.readouterr().err.strip().splitlines()
     assert error.value.code == 2 and len(lines) == 1 and word in lines[0]
 
