@@ -342,13 +342,14 @@ def evaluate(path, nfes, args, tools, device):
             held.append((x, noise, y, f, p, score))
             seen += args.batch * WORLD
         x, noise, y, f, p, score = join(held)
-        if x.ndim == 4 and not tools.reference:  # of the first run's data, unless --reference names another
-            tools.reference = reference(args, cfg, tools.features)
+        key = args.reference or cfg and (cfg.dataset, cfg.data, cfg.image_size)
+        if x.ndim == 4 and key not in tools.references:
+            tools.references[key] = reference(args, cfg, tools.features)
         if RANK:
             continue
         if args.write:
             common.write_npz(Path(args.out, f"{Path(path).name}-{nfe}nfe.npz"), x, y)
-        row = points(x, noise, y, nfe, cfg) if x.ndim == 2 else pictures(moments, f, p, tools.reference)
+        row = points(x, noise, y, nfe, cfg) if x.ndim == 2 else pictures(moments, f, p, tools.references[key])
         if score is not None:
             row |= dict(zip(("clip_score", "aesthetic_score"), score.double().mean(0).tolist()))
         picture = common.density(x, 160) if x.ndim == 2 else common.grid(x[:SHOWN], SHOWN)
@@ -422,7 +423,7 @@ def parse_args(argv):
     parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4], help="network evaluations [1 2 4]")
     parser.add_argument("--samples", type=int, default=5000, help="samples [5000]")
     parser.add_argument("--batch", type=int, default=250, help="samples a process takes at a time [250]")
-    parser.add_argument("--reference", help="images or statistics [the first run's data]")
+    parser.add_argument("--reference", help="images or statistics [each run's own data]")
     parser.add_argument("--image_size", type=int, default=0, help="of --reference [the run's]")
     parser.add_argument("--features", default="pixels", help="inception, dinov2, pixels, FILE [pixels]")
     parser.add_argument("--weights", help="file or folder of inception's or dinov2's weights [download]")
@@ -449,7 +450,7 @@ def main(argv=None):
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
-    tools = SimpleNamespace(features=feature_network(args.features, args.weights, device), reference=None,
+    tools = SimpleNamespace(features=feature_network(args.features, args.weights, device), references={},
                             prompts=read_prompts(args.prompts), scores=None)
     tools.scores = text_scores(args, device) if tools.prompts else None
     if args.toy:
