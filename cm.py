@@ -35,7 +35,7 @@ from common import like
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config:
-    dataset: str = "gmm"  # gmm, shapes, folder, cifar10; some scripts imagenet64 (a folder), imagenet512
+    dataset: str = "gmm"  # gmm (2-D), shapes, folder (--data), or another of PRESETS
     mode: str = "cd"  # training objective, see --help's first lines
     size: str = ""  # other size of the preset's network, such as M; "" = its own
     data: str = ""  # class folders or EDM-style zip; cifar-10-binary.tar.gz (cifar10); latents (imagenet512)
@@ -57,7 +57,7 @@ class Config:
     beta2: float = 0.99  # Adam's second moment; the first is 0.9
     eps: float = 1e-8  # Adam's epsilon
     clip: float = 0.0  # gradient norm clipping; 0 = off
-    dropout: float = 0.0  # in residual blocks at 16 pixels and below; 0 = off
+    dropout: float = 0.0  # in residual blocks; of the U-Net above 32 pixels, at 16 and below; 0 = off
     ema_sigma_rel: float = 0.05  # width of the power-function EMA, relative to training; 0 = use ema_halflife
     ema_halflife: float = 5e5  # half-life of the EMA in samples
     arch: Literal["edm2", "ddpmpp"] = "edm2"  # the U-Net: EDM2's, or DDPM++ as in EDM's CIFAR-10 runs
@@ -88,10 +88,10 @@ class Config:
     # --- method
     P_mean: float = -1.1  # mean of log t: diffusion, and ict's distribution over the grid
     P_std: float = 2.0  # its standard deviation
-    scales: int = 18  # N, the points of the grid: cd's, and the last of ct (+ 1) and ict (+ 1)
-    scales_start: int = 2  # N - 1 at the start of ct and ict
+    scales: int = 18  # N, the points of cd's grid; s1, the intervals of ct's and ict's at the end
+    scales_start: int = 2  # s0: ct starts with s0 points, ict with s0 + 1
     mu: float = 0.0  # decay of the target's average (ct: at the start); 0 = the live network
-    solver: Literal["heun", "euler", "ddim"] = "heun"  # of cd; euler and ddim are one in these coordinates
+    solver: Literal["heun", "euler", "ddim"] = "heun"  # of cd; euler = ddim in these coordinates
     metric: Literal["l1", "l2", "huber", "lpips"] = "l2"  # d(a, b)
     sigmas: tuple = (80.0, 0.8)  # noise levels of the sampler; beyond these, --nfe levels of EDM's grid
     search: bool = False  # find levels for --nfe steps of the run in --out, and print them
@@ -116,19 +116,21 @@ PRESETS = {
                                   P_std=1.2),
     # FID of 1 / 2 steps: cd (lpips) 3.55 / 2.93, ct 8.70 / 5.83, ict 2.83 / 2.46. # DEPARTS: no NCSN++
     "cifar10": dict(batch=512, steps=800_000, lr=4e-4, optimizer="radam", beta2=0.999, ema_sigma_rel=0.0,
-                    ema_halflife=3.5e6, arch="ddpmpp", channels=128, channel_mult=(2, 2, 2), blocks=4,
-                    attention=(16,), save_every=2500, metric="lpips", sigmas=(80.0, 0.585), c_noise="log"),
+                    ema_halflife=3.5e6, arch="ddpmpp", double_norm=False, channels=128,
+                    channel_mult=(2, 2, 2), blocks=4, attention=(16,), save_every=2500, metric="lpips",
+                    sigmas=(80.0, 0.585), c_noise="log"),
     ("cifar10", "diffusion"): dict(lr=1e-3, lr_warmup=19_531, steps=400_000, optimizer="adam",
-                                   dropout=0.13, P_mean=-1.2, P_std=1.2),
+                                   ema_halflife=5e5, dropout=0.13, P_mean=-1.2, P_std=1.2),
     ("cifar10", "ct"): dict(scales_start=2, scales=150, mu=0.9),
     ("cifar10", "ict"): ICT | dict(batch=1024, steps=400_000, lr=1e-4, dropout=0.3, ema_halflife=1e7),
     ("cifar10", "ctcd"): dict(lr=5e-6, steps=400_000, dropout=0.3, metric="l2"),
-    ("cifar10", "ctct"): dict(lr=5e-6, steps=400_000, dropout=0.3, metric="l2"),  # needs --init
-    # cd 6.20 / 4.70, ct 13.0 / 11.1, ict 4.02 / 3.20
+    ("cifar10", "ctct"): dict(lr=5e-6, steps=400_000, dropout=0.3, metric="l2"),  # give it --init RUN
+    # cd 6.20 / 4.70, ct 13.0 / 11.1, ict 4.02 / 3.20. # DEPARTS: EDM2's U-Net, not ADM's, and its
+    # recipe for the teacher; ctcd and ctct are of CIFAR-10 alone
     "imagenet64": dict(image_size=64, conditional=True, batch=2048, steps=600_000, lr=8e-6, optimizer="radam",
                        beta2=0.999, ema_sigma_rel=0.0, ema_halflife=25e6, channels=192, blocks=3,
-                       channel_mult=(1, 2, 3, 4), attention=(16, 8), save_every=2500, c_noise="log",
-                       scales=40, mu=0.95, metric="lpips", sigmas=(80.0, 1.382)),
+                       channel_mult=(1, 2, 3, 4), attention=(16, 8), double_norm=False, save_every=2500,
+                       c_noise="log", scales=40, mu=0.95, metric="lpips", sigmas=(80.0, 1.382)),
     ("imagenet64", "diffusion"): dict(batch=4096, lr=1e-2, lr_warmup=2500, lr_ref=35_000, optimizer="adam",
                                       mu=0.0, dropout=0.1, P_mean=-1.2, P_std=1.2),
     ("imagenet64", "ctcd"): dict(mu=0.0, lr=5e-6), ("imagenet64", "ctct"): dict(mu=0.0, lr=5e-6),
@@ -298,26 +300,30 @@ def edit(net, cfg):
     `known` of an orthonormal A. stroke (SDEdit) knows none and starts from the noised input. denoise and
     interpolate are one step, from the input itself or from points on the sphere between two noised images."""
     x, other, mask = (common.read_image(p, net.options["shape"]) for p in (cfg.input, cfg.other, cfg.mask))
-    A, inverse, known = common.operator(cfg.edit, net.options["shape"], mask, cfg.patch)
-    reference, gen = A(x), common.Draw(cfg.seed, 0, 0, 1)
     first = cfg.sigma or (1.0 if cfg.edit in ("stroke", "denoise", "interpolate") else 80.0)
-    columns, start = {"input": x}, x if cfg.edit == "denoise" else None
-    if known.any():
-        x = columns["degraded"] = inverse(reference * known)
-    if cfg.edit == "colorize":  # shown in gray; the part of x along luma is greenish
-        columns["degraded"] = torch.einsum("bchw,c->bhw", columns["input"], common.LUMA)[:, None].expand_as(x)
+    y = torch.tensor([max(cfg.label, 0)]) if net.options["classes"] else None
+    gen = common.Draw(cfg.seed, 0, 0, 1)
+
+    def estimate(x_t, sigma):
+        t = torch.full(x_t.shape[:1], sigma, dtype=torch.float64)
+        return f(net, x_t, t, y if y is None else y.expand(len(t)), cfg).clamp(-1, 1)
+
+    if cfg.edit == "denoise":
+        return {"input": x, "result": estimate(x, first)}
     if cfg.edit == "interpolate":
         a, b = (v + first * gen.normal(*v.shape[1:]) for v in (x, other))
         angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
         u = torch.linspace(0, 1, 9).view(-1, 1, 1, 1)
-        start = (torch.sin((1 - u) * angle) * a + torch.sin(u * angle) * b) / torch.sin(angle)
-        columns["with"] = other
-    y = torch.tensor([max(cfg.label, 0)]) if net.options["classes"] else None
-    rest = [s for s in common.karras(40).tolist() if s < first] if start is None else []
-    for sigma in [first, *rest]:
-        x_t = x + math.sqrt(sigma**2 - 0.002**2) * gen.normal(*x.shape[1:]) if start is None else start
-        t = torch.full(x_t.shape[:1], sigma, dtype=torch.float64)
-        x = f(net, x_t, t, y if y is None else y.expand(len(t)), cfg).clamp(-1, 1)
+        arc = (torch.sin((1 - u) * angle) * a + torch.sin(u * angle) * b) / torch.sin(angle)
+        return {"input": x, "with": other, "result": estimate(arc, first)}
+    A, inverse, known = common.operator(cfg.edit, net.options["shape"], mask, cfg.patch)
+    columns, reference = {"input": x}, A(x)
+    if known.any():
+        x = columns["degraded"] = inverse(reference * known)
+    if cfg.edit == "colorize":  # shown in gray; the part of x along luma is greenish
+        columns["degraded"] = torch.einsum("bchw,c->bhw", columns["input"], common.LUMA)[:, None].expand_as(x)
+    for sigma in [first, *(s for s in common.karras(40).tolist() if s < first)]:
+        x = estimate(x + math.sqrt(sigma**2 - 0.002**2) * gen.normal(*x.shape[1:]), sigma)
         x = inverse(torch.where(known, reference, A(x)))
     return columns | {"result": x}
 
@@ -391,8 +397,8 @@ def main(argv=None):
     cfg = common.parse_args(Config, PRESETS, LOSSES, argv)
     if cfg.mode in ("cd", "ctcd") and not cfg.teacher:
         common.fail(f"--mode {cfg.mode} distills a teacher: give --teacher RUN (or exact, for gmm)")
-    words = sys.argv if argv is None else argv
-    if "--sigmas" in words and "--nfe" not in words:
+    flags = {word.split("=")[0] for word in (sys.argv if argv is None else argv)}
+    if "--sigmas" in flags and "--nfe" not in flags:
         cfg.nfe = len(cfg.sigmas)
     if cfg.scales < (2 if cfg.mode == "cd" else cfg.scales_start):
         common.fail(f"--scales must be at least 2, and at least --scales_start, not {cfg.scales}")
@@ -416,8 +422,10 @@ def main(argv=None):
         search(common.load_net(cfg.out), cfg, common.dataset(cfg))
     elif cfg.sample:
         common.write_samples(cfg, sample)
+    elif cfg.dry_run:
+        common.dry_run(cfg)
     else:
-        common.dry_run(cfg) if cfg.dry_run else train(cfg)
+        train(cfg)
 
 
 if __name__ == "__main__":

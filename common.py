@@ -106,11 +106,12 @@ def parse_args(Config, presets, modes, argv=None):
             if name in flags and flags[name] != stored.get(name, flags[name]):
                 fail(f"{flags['out']} was trained with --{name} {stored[name]}: that cannot change")
     choice = {name: (stored | flags).get(name, fields[name].default) for name in ("dataset", "mode", "size")}
-    sizes = [k[1] for k in presets if len(k) == 2 and k[0] == choice["dataset"] and k[1] not in modes]
+    sizes = {k[1]: 1 for k in presets if type(k) is tuple and k[0] == choice["dataset"] and k[1] not in modes}
     for name, valid in (("dataset", [d for d in presets if isinstance(d, str)]), ("mode", list(modes)),
                         ("size", ["", *sizes])):
         if choice[name] not in valid:
-            fail(f"unknown {name} {choice[name]!r}; the {name}s are {', '.join(valid) or 'the default'}")
+            known = ", ".join(filter(None, valid)) or "the default"
+            fail(f"unknown {name} {choice[name]!r}; the {name}s are {known}")
     data, size, mode = choice["dataset"], choice["size"] or "S", choice["mode"]
     keys = (data, (data, size), (data, mode), (data, size, mode))
     values = {k: v for key in keys for k, v in presets.get(key, {}).items()}
@@ -234,7 +235,7 @@ class Mixture(nn.Module):
         """Stands for the training set, which a mixture has not: 4,096 points, the same at every call."""
         yield self.batch(Draw(self.cfg.seed, 2**33, 0, 4096, device))
 
-    def forward(self, x, t, y=None, s=None):
+    def forward(self, x, t, y=None, scale=None):
         cos, sin = t.to(x.dtype).cos()[:, None, None], t.to(x.dtype).sin()[:, None, None]
         variance = (cos * self.std) ** 2 + (sin * self.sigma_d) ** 2            # of x_t within a component
         delta = (x * self.sigma_d)[:, None] - cos * self.mean.to(x.dtype)       # (B, K, D)
@@ -673,13 +674,13 @@ class Embedding(nn.Module):
         return math.sqrt(2) * torch.cos(c.to(self.freq.dtype)[:, None] * self.freq - self.phase)
 
 
-class Noise(nn.Module):
-    """What a network is told of t: the angle itself (c_noise 't'; sCM, Sec. 4.1), or log(sigma)/4, sigma =
-    sigma_d tan t, as in EDM ('log'). And the head that learns w(t) (B,)."""
+class Inputs(nn.Module):
+    """What a network is told besides x: the angle t itself (c_noise 't'; sCM, Sec. 4.1), or log(sigma)/4 with
+    sigma = sigma_d tan t, as in EDM ('log'); the label. And the head that learns w(t) (B,)."""
 
-    def __init__(self, sigma_d, c_noise):
+    def __init__(self, sigma_d, c_noise, classes):
         super().__init__()
-        self.sigma_d, self.c_noise = sigma_d, c_noise
+        self.sigma_d, self.c_noise, self.classes = sigma_d, c_noise, classes
 
     def add_head(self, head):
         if head:
@@ -692,34 +693,36 @@ class Noise(nn.Module):
     def noise(self, t):
         return t if self.c_noise == "t" else self.log_sigma(t)
 
+    def onehot(self, t, y, dtype):
+        """(B, classes) of unit variance; y = -1 or None: all zeros."""
+        y = torch.full_like(t, -1, dtype=torch.int64) if y is None else y
+        return tnf.one_hot(y + 1, self.classes + 1)[:, 1:].to(dtype) * math.sqrt(self.classes)
+
     def weight(self, t):
         if not hasattr(self, "head_linear"):
             return torch.zeros_like(t, dtype=next(self.parameters()).dtype)
         return self.head_linear(self.head_embed(self.log_sigma(t)), self.head_gain)[:, 0]
 
 
-class Conditioning(Noise):
-    """Time t, label y and guidance scale s -> one embedding (B, dim)."""
+class Conditioning(Inputs):
+    """Time t, label y and guidance scale -> one embedding (B, dim)."""
 
     def __init__(self, dim, noise_dim, classes, sigma_d, emb, emb_scale, c_noise, guidance, head):
-        super().__init__(sigma_d, c_noise)
-        self.classes = classes
+        super().__init__(sigma_d, c_noise, classes)
         self.embed, self.linear = Embedding(emb, noise_dim, emb_scale), MPConv(noise_dim, dim)
         self.label = MPConv(classes, dim) if classes else None
         if guidance:
             self.guidance_embed = Embedding("positional", noise_dim, 10.0)
             self.guidance_linear = MPConv(noise_dim, dim)
-            self.guidance_gain = nn.Parameter(torch.zeros([]))  # 0: starts as the teacher, which knows no s
+            self.guidance_gain = nn.Parameter(torch.zeros([]))  # 0: starts as the teacher, which knows none
         self.add_head(head)
 
-    def forward(self, t, y, s):
+    def forward(self, t, y, scale):
         emb = self.linear(self.embed(self.noise(t)))
         if self.label is not None:
-            y = torch.full_like(t, -1, dtype=torch.int64) if y is None else y
-            onehot = tnf.one_hot(y + 1, self.classes + 1)[:, 1:].to(emb.dtype)  # y = -1: all zeros
-            emb = mp_sum(emb, self.label(onehot * math.sqrt(self.classes)), 0.5)
-        if s is not None:
-            emb = emb + self.guidance_linear(self.guidance_embed(s)) * self.guidance_gain
+            emb = mp_sum(emb, self.label(self.onehot(t, y, emb.dtype)), 0.5)
+        if scale is not None:
+            emb = emb + self.guidance_linear(self.guidance_embed(scale)) * self.guidance_gain
         return tnf.silu(emb) * SILU
 
 
@@ -750,7 +753,7 @@ class Modulation(nn.Module):
 
 
 class MLP(nn.Module):
-    """Residual MLP for vectors: F (B, D) = net(x (B, D), t (B,), y (B,)); s (B,) is the guidance scale.
+    """Residual MLP for vectors: F (B, D) = net(x (B, D), t (B,), y (B,)); scale (B,) is that of guidance.
 
     With return_w it also returns the weighting head's w(t) (B,), as does UNet."""
 
@@ -764,8 +767,8 @@ class MLP(nn.Module):
         self.modulate = nn.Linear(channels, 2 * blocks * channels)
         self.outer = nn.ModuleList(nn.Linear(channels, channels) for _ in range(blocks))
 
-    def forward(self, x, t, y=None, s=None, return_w=False):
-        emb = self.cond(t, y, s)
+    def forward(self, x, t, y=None, scale=None, return_w=False):
+        emb = self.cond(t, y, scale)
         h = self.first(x.to(emb.dtype))
         scale, shift = self.modulate(emb).view(len(x), 2, self.blocks, -1).unbind(1)  # (B, blocks, channels)
         scale, shift = (pnorm(scale, 2), pnorm(shift, 2)) if self.double_norm else (1 + scale, shift)
@@ -817,7 +820,7 @@ def run_block(net, block, x, emb):
 
 
 class UNet(nn.Module):
-    """EDM2's U-Net: F (B, C, H, W) = net(x (B, C, H, W), t (B,), y (B,)); s (B,) is the guidance scale.
+    """EDM2's U-Net: F (B, C, H, W) = net(x (B, C, H, W), t (B,), y (B,)); scale (B,) is that of guidance.
 
     The torso runs in `dtype`; parameters, embeddings and the output are float32 (float64 after .double()).
     attention lists the resolutions with self-attention. Dropout acts at 16 pixels and below, as in sCM's
@@ -832,7 +835,7 @@ class UNet(nn.Module):
         widths, dim = [channels * m for m in channel_mult], channels * max(channel_mult)
         self.cond = Conditioning(dim, channels, classes, sigma_d, emb, emb_scale, c_noise, guidance, head)
 
-        def block(cin, cout, encoder, attend, resample=""):
+        def block(res, cin, cout, encoder, attend, resample=""):
             rate = dropout if res <= 16 or shape[1] <= 32 else 0.0
             return Block(cin, cout, dim, encoder, attend, resample, rate, double_norm, norm_shift)
 
@@ -842,25 +845,25 @@ class UNet(nn.Module):
         for level, next_width in enumerate(widths):
             if level:
                 res //= 2
-                self.enc.append(block(width, width, True, False, "down"))
+                self.enc.append(block(res, width, width, True, False, "down"))
                 skips.append(width)
             for _ in range(blocks):
-                self.enc.append(block(width, next_width, True, res in attention))
+                self.enc.append(block(res, width, next_width, True, res in attention))
                 width = next_width
                 skips.append(width)
-        self.mid = nn.ModuleList(block(width, width, False, attend) for attend in (True, False))
+        self.mid = nn.ModuleList(block(res, width, width, False, attend) for attend in (True, False))
         self.dec = nn.ModuleList()
         for level, next_width in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
-                self.dec.append(block(width + skips.pop(), next_width, False, res in attention))
+                self.dec.append(block(res, width + skips.pop(), next_width, False, res in attention))
                 width = next_width
             if level:
                 res *= 2
-                self.dec.append(block(width, width, False, False, "up"))
+                self.dec.append(block(res, width, width, False, False, "up"))
         self.last, self.out_gain = MPConv(width, shape[0], 3), nn.Parameter(torch.zeros([]))
 
-    def forward(self, x, t, y=None, s=None, return_w=False):
-        emb = self.cond(t, y, s)
+    def forward(self, x, t, y=None, scale=None, return_w=False):
+        emb = self.cond(t, y, scale)
         x = x.to(self.dtype or emb.dtype, memory_format=torch.channels_last)
         x = self.first(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
         skips = [x]
@@ -875,12 +878,12 @@ class UNet(nn.Module):
         return (F, self.cond.weight(t)) if return_w else F
 
 
-class DDPMppEmbedding(Noise):
+class DDPMppEmbedding(Inputs):
     """As Conditioning, for DDPM++; c_noise comes in sines first, then cosines."""
 
     def __init__(self, channels, classes, sigma_d, c_noise, emb_scale, head):
-        super().__init__(sigma_d, c_noise)
-        self.classes, self.half, self.scale = classes, channels // 2, emb_scale
+        super().__init__(sigma_d, c_noise, classes)
+        self.half, self.scale = channels // 2, emb_scale
         self.map_label = nn.Linear(classes, channels) if classes else None
         self.map_layer0 = nn.Linear(channels, 4 * channels)
         self.map_layer1 = nn.Linear(4 * channels, 4 * channels)
@@ -892,9 +895,7 @@ class DDPMppEmbedding(Noise):
         angle = self.noise(t)[:, None].to(dtype) * freq.to(dtype)
         emb = torch.cat([angle.sin(), angle.cos()], dim=1)
         if self.map_label is not None:
-            y = torch.full_like(t, -1, dtype=torch.int64) if y is None else y
-            onehot = tnf.one_hot(y + 1, self.classes + 1)[:, 1:].to(dtype)  # y = -1: all zeros
-            emb = emb + self.map_label(onehot * math.sqrt(self.classes))
+            emb = emb + self.map_label(self.onehot(t, y, dtype))
         return tnf.silu(self.map_layer1(tnf.silu(self.map_layer0(emb))))
 
 
@@ -946,13 +947,13 @@ def norm(layer, x):
 
 class DDPMpp(nn.Module):
     """DDPM++ as EDM trains it on CIFAR-10 (Song et al. 2021; EDM, App. F), called as UNet is; no augmentation
-    labels, no guidance scale. Parameters have EDM's names."""
+    labels, guidance scale or adaptive normalization. Parameters have EDM's names."""
 
     def __init__(self, shape, classes=0, channels=128, channel_mult=(2, 2, 2), blocks=4, attention=(16,),
                  dropout=0.0, sigma_d=0.5, emb_scale=1.0, c_noise="log", head=True, dtype="fp32", **of_edm2):
         super().__init__()
-        if of_edm2.get("guidance"):
-            fail("--arch ddpmpp takes no guidance scale: --guidance_max must be 1")
+        if of_edm2.get("guidance") or of_edm2.get("double_norm") or of_edm2.get("emb") == "fourier":
+            fail("--arch ddpmpp needs --double_norm false, --emb positional, and no --guidance_max")
         self.dtype, self.checkpointing = DTYPES[dtype] if dtype != "fp32" else None, False
         self.cond = DDPMppEmbedding(channels, classes, sigma_d, c_noise, emb_scale, head)
         width, skips, self.enc, self.dec = channels, [channels], nn.ModuleDict(), nn.ModuleDict()
@@ -985,7 +986,7 @@ class DDPMpp(nn.Module):
                 nn.init.xavier_uniform_(layer.weight, small.get(name.split(".")[-1], 1))
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x, t, y=None, s=None, return_w=False):
+    def forward(self, x, t, y=None, scale=None, return_w=False):
         emb, skips = self.cond(t, y), []
         x = x.to(self.dtype or emb.dtype)
         for name, block in self.enc.items():
@@ -1364,7 +1365,7 @@ def from_ddpmpp(state, kw):
     """Options and weights of DDPMpp, without the embedding of augmentations, whose labels are zero."""
     options = dict(arch="ddpmpp", channels=kw.get("model_channels", 128), blocks=kw.get("num_blocks", 4),
                    channel_mult=tuple(kw.get("channel_mult", (1, 2, 2, 2))), emb="positional", c_noise="log",
-                   attention=tuple(kw.get("attn_resolutions", (16,))))
+                   attention=tuple(kw.get("attn_resolutions", (16,))), double_norm=False)
     weights = {}
     for name, value in state.items():
         name = re.sub(r"^model\.(map_l)", r"cond.\1", name).removeprefix("model.")
@@ -1416,7 +1417,7 @@ class Diffusers(nn.Module):
         abar = (1 - scheduler.betas.double()).cumprod(0)
         self.register_buffer("log_ratio", (1 / abar - 1).log() / 2)  # log(sigma / alpha), ascending
 
-    def forward(self, x, t, y=None, s=None):
+    def forward(self, x, t, y=None, scale=None):
         t = torch.minimum(t.double(), torch.atan(self.log_ratio[-1].exp() / self.sigma_d))
         ratio = self.sigma_d * t.tan()
         log = ratio.log().clamp(self.log_ratio[0], self.log_ratio[-1])
@@ -1616,7 +1617,8 @@ class Run:
         return self.bar
 
     def log(self, step, **values):
-        """One line of log.jsonl, and the progress bar's tail."""
+        """One line of log.jsonl, and the progress bar's tail. Loss and gradient are the global batch's, what
+        the method adds is rank 0's last micro-batch's."""
         if RANK:
             return
         values = {k: float(v) for k, v in values.items()}
@@ -1729,7 +1731,7 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
         exact = solve(data, noise.double(), ode_times(512, cfg.sigma_d), y, cfg.sigma_d)
         columns = {"data": fresh[0], "exact ODE": exact}
         distance = {"ode": energy_distance(exact, fresh[0]), "data": energy_distance(fresh[1], fresh[0])}
-    elif callable(teacher):
+    elif teacher is not None:
         ode = solve(teacher, noise, ode_times(18, cfg.sigma_d), y, cfg.sigma_d)
         columns = {"teacher, 35 NFE": data.to_uint8(ode)}
     for nfe in nfes:

@@ -43,7 +43,7 @@ from common import like
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config:
-    dataset: str = "gmm"  # gmm, shapes, folder, cifar10; some scripts imagenet64 (a folder), imagenet512
+    dataset: str = "gmm"  # gmm (2-D), shapes, folder (--data), or another of PRESETS
     mode: str = "both"  # training objective, see --help's first lines
     size: str = ""  # other size of the preset's network, such as M; "" = its own
     data: str = ""  # class folders or EDM-style zip; cifar-10-binary.tar.gz (cifar10); latents (imagenet512)
@@ -65,7 +65,7 @@ class Config:
     beta2: float = 0.99  # Adam's second moment; the first is 0.9
     eps: float = 1e-8  # Adam's epsilon
     clip: float = 0.0  # gradient norm clipping; 0 = off
-    dropout: float = 0.0  # in residual blocks at 16 pixels and below; 0 = off
+    dropout: float = 0.0  # in residual blocks; of the U-Net above 32 pixels, at 16 and below; 0 = off
     ema_sigma_rel: float = 0.05  # width of the power-function EMA, relative to training; 0 = use ema_halflife
     ema_halflife: float = 5e5  # half-life of the EMA in samples
     arch: Literal["edm2", "ddpmpp"] = "edm2"  # the U-Net: EDM2's, or DDPM++ as in EDM's CIFAR-10 runs
@@ -112,6 +112,7 @@ PRESETS = {
                    lr_cooldown=0.5),
     "folder": dict(conditional=True, steps=500, batch=128, lr=2e-3, lr_cooldown=0.5, blocks=1),
     # E (mean square), FID of 1 step (DDIM): cm 0.29, 103.9; direct 0.25, 158.6. An EMA this short is none.
+    # DEPARTS: PyTorch's AdamW, not its 8-bit form.
     "sdxl": dict(conditional=True, mode="cm", image_size=1024, steps=250, batch=16, micro=1, lr=1e-4, w=9.0,
                  optimizer="adamw", beta2=0.999, clip=1.0, ema_sigma_rel=0.0, ema_halflife=1e-3,
                  save_every=50),
@@ -192,8 +193,8 @@ def f(net, z_t, t, y, cfg):
 
 
 # ---------------------------------------------------------------------------------------------------- loss
-METRICS = {"l2": lambda a, b: (a - b).square().mean(),
-           "huber": lambda a, b: ((a - b).square() + 0.001**2).sqrt().mean() - 0.001}
+METRICS = {"l2": lambda a, b: (a - b).square().flatten(1).mean(1),
+           "huber": lambda a, b: ((a - b).square() + 0.001**2).sqrt().flatten(1).mean(1) - 0.001}
 
 
 def consistency(net, target, teacher, x0, y, step, cfg, gen, hops):
@@ -208,7 +209,7 @@ def consistency(net, target, teacher, x0, y, step, cfg, gen, hops):
         gen.same_dropout()
         with torch.no_grad():
             z_s = f(target, z_s, s, y, cfg)
-    return METRICS[cfg.metric](prediction, z_s), {}
+    return METRICS[cfg.metric](prediction, z_s).mean(), {}
 
 
 def cm(net, target, teacher, x0, y, step, cfg, gen):
@@ -229,8 +230,8 @@ LOSSES = {"cm": cm, "direct": direct}
 def sample(net, noise, y, nfe, cfg, gen):
     """noise ~ N(0, sigma_d^2 I) (B, ...) -> x_0: f, noise of the next level, f, and so on, on nfe labels
     spread over the grid from 1000 down."""
-    z, stride = noise / cfg.sigma_d, 1000 / cfg.intervals
-    labels = [1000 - round(stride * round(i * cfg.intervals / nfe)) for i in range(nfe)]
+    z, stride = noise / cfg.sigma_d, 1000 // cfg.intervals
+    labels = [1000 - stride * round(i * cfg.intervals / nfe) for i in range(nfe)]
     for i, label in enumerate(labels):
         t = torch.full(z.shape[:1], label, device=z.device)
         if i:
@@ -392,9 +393,9 @@ def train(cfg):
 # ---------------------------------------------------------------------------------------------------- main
 @torch.no_grad()
 def compare(cfg, paths):
-    """The paper's Table 1 in small. E: RMS per element between f from pure noise and the solver's solution
-    from the same (Eq. 6). Quality: energy distance in 2-D, Frechet distance of pixels for images, to the
-    teacher's own samples from other noise; SDXL: E alone, between latents."""
+    """The paper's Table 1 in small. E: RMS per element (the paper's is the mean square) between f from pure
+    noise and the solver's solution from the same (Eq. 6). Quality: energy distance in 2-D, Frechet distance
+    of pixels for images, to the teacher's own samples from other noise; SDXL: E alone, between latents."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = Captions(cfg, device) if cfg.pretrained else common.dataset(cfg, device)
     teacher = (SDXL(cfg, data) if cfg.pretrained else common.load_teacher(cfg, data, device)).to(device)

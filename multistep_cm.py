@@ -36,7 +36,7 @@ from common import like
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config:
-    dataset: str = "gmm"  # gmm, shapes, folder, cifar10; some scripts imagenet64 (a folder), imagenet512
+    dataset: str = "gmm"  # gmm (2-D), shapes, folder (--data), or another of PRESETS
     mode: str = "cd"  # training objective, see --help's first lines
     size: str = ""  # other size of the preset's network, such as M; "" = its own
     data: str = ""  # class folders or EDM-style zip; cifar-10-binary.tar.gz (cifar10); latents (imagenet512)
@@ -58,7 +58,7 @@ class Config:
     beta2: float = 0.99  # Adam's second moment; the first is 0.9
     eps: float = 1e-8  # Adam's epsilon
     clip: float = 0.0  # gradient norm clipping; 0 = off
-    dropout: float = 0.0  # in residual blocks at 16 pixels and below; 0 = off
+    dropout: float = 0.0  # in residual blocks; of the U-Net above 32 pixels, at 16 and below; 0 = off
     ema_sigma_rel: float = 0.05  # width of the power-function EMA, relative to training; 0 = use ema_halflife
     ema_halflife: float = 5e5  # half-life of the EMA in samples
     arch: Literal["edm2", "ddpmpp"] = "edm2"  # the U-Net: EDM2's, or DDPM++ as in EDM's CIFAR-10 runs
@@ -93,7 +93,7 @@ class Config:
     solver: Literal["addim", "ddim", "heun"] = "addim"  # teacher's; diffusion: sampler (heun: EDM's grid)
     xvar: float = 0.75  # aDDIM: Var[x | z_t] = this times (x* - x)^2; 0 = the analytic 0.1 / (2 + SNR)
     huber: float = 1e-4  # epsilon of the norm
-    teacher_guidance: float = 1.0  # classifier-free guidance of the teacher in cd and pd; 1 = off
+    teacher_guidance: float = 1.0  # of the teacher in cd and pd, classifier-free, 1 + the paper's g; 1 = off
     noise_res: tuple = ()  # noise resolutions at t = 1, t = 0 and the image's; none = plain cosine
     pd_start: int = 64  # pd: steps of the first student, which are halved down to student_steps
     figure: bool = False  # train 1, 2 and 4 steps on two modes in 1-D, and draw their paths
@@ -115,14 +115,15 @@ PRESETS = {
     # DEPARTS: EDM2's U-Nets (280 M; L 778 M) for UViTs (394 M; 1.23 B); lr and EMA are ours, it names none.
     "imagenet64": dict(image_size=64, conditional=True, batch=2048, steps=200_000, lr=1e-4, channels=192,
                        channel_mult=(1, 2, 3, 4), blocks=3, attention=(16, 8), dropout=0.2, c_noise="log",
-                       noise_res=(32, 64, 64), save_every=2500),
+                       double_norm=False, noise_res=(32, 64, 64), save_every=2500),
     ("imagenet64", "L"): dict(channels=320, dropout=0.1),
     ("imagenet64", "diffusion"): dict(lr=1e-2, lr_warmup=5000, lr_ref=35_000, steps=500_000),
-    # cd small 8.5 / 3.1 / 2.4 / 2.1 / 2.0 with guidance, L 7.0 / 3.1 / 2.3 / 2.1 / 2.0. # DEPARTS: U-Net as
-    # above, and no multiscale loss
+    # cd small 8.5 / 3.1 / 2.4 / 2.1 / 2.0, with guidance of a strength that the paper does not print; L 7.0 /
+    # 3.1 / 2.3 / 2.1 / 2.0. # DEPARTS: U-Nets as above (184 M; L 736 M, for 397 M and 1.25 B), and no
+    # multiscale loss
     "imagenet128": dict(image_size=128, conditional=True, batch=2048, steps=200_000, lr=1e-4, channels=128,
                         channel_mult=(1, 2, 3, 4, 4), blocks=3, attention=(16, 8), dropout=0.1, c_noise="log",
-                        noise_res=(32, 128, 128), save_every=2500),
+                        double_norm=False, noise_res=(32, 128, 128), save_every=2500),
     ("imagenet128", "L"): dict(channels=256),
     ("imagenet128", "diffusion"): dict(lr=1e-2, lr_warmup=5000, lr_ref=35_000, steps=500_000,
                                        label_dropout=0.1),
@@ -196,8 +197,8 @@ def weighted(error, t, cfg):
 
 def noisy(x0, t, gen, cfg):
     """z_t in float64: invDDIM divides small differences."""
-    alpha, sigma = alpha_sigma(t, cfg)
-    return like(alpha, x0.double()) * x0 + like(sigma, x0.double()) * gen.normal(*x0.shape[1:])
+    x0, (alpha, sigma) = x0.double(), alpha_sigma(t, cfg)
+    return like(alpha, x0) * x0 + like(sigma, x0) * gen.normal(*x0.shape[1:])
 
 
 def diffusion(net, target, teacher, x0, y, step, cfg, gen):
@@ -402,11 +403,12 @@ def main(argv=None):
         common.fail("--noise_res takes three resolutions, such as 32,64,64, or none")
     if cfg.figure:
         figure(cfg)
+    elif cfg.sample:
+        common.write_samples(cfg, sample)
+    elif cfg.dry_run:
+        common.dry_run(cfg)
     else:
-        if cfg.sample:
-            common.write_samples(cfg, sample)
-        else:
-            common.dry_run(cfg) if cfg.dry_run else train(cfg)
+        train(cfg)
 
 
 if __name__ == "__main__":

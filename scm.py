@@ -9,7 +9,7 @@ tangent           df/dt = -cos(t) (sigma_d F - dx_t/dt) - sin(t) (x_t + sigma_d 
 loss              e^w(t) / D || F - F^- - g ||^2 - w(t),  g = cos(t) df^-/dt, normalized           Eq. 8
 F^- is F under stop-gradient; dx_t/dt is the teacher's (scd) or, unbiased, v_t (sct); dF/dt is one JVP.
 Normalized is g / (rms(g) + c). The paper prints a plain norm; with the root mean square, c = 0.1 means the
-same at every resolution. The two differ by sqrt(D) in g (and in c), which w(t) absorbs.
+same at every resolution. The factor sqrt(D) in g is absorbed by w(t); a larger c damps small tangents.
 
     python scm.py                                               toy: 8 Gaussians, exact teacher
     python scm.py --dataset folder --data PATH --image_size 16 --mode diffusion --out out/teacher
@@ -32,7 +32,7 @@ from common import like
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config:
-    dataset: str = "gmm"  # gmm, shapes, folder, cifar10; some scripts imagenet64 (a folder), imagenet512
+    dataset: str = "gmm"  # gmm (2-D), shapes, folder (--data), or another of PRESETS
     mode: str = "scd"  # training objective, see --help's first lines
     size: str = ""  # other size of the preset's network, such as M; "" = its own
     data: str = ""  # class folders or EDM-style zip; cifar-10-binary.tar.gz (cifar10); latents (imagenet512)
@@ -54,7 +54,7 @@ class Config:
     beta2: float = 0.99  # Adam's second moment; the first is 0.9
     eps: float = 1e-8  # Adam's epsilon
     clip: float = 0.0  # gradient norm clipping; 0 = off
-    dropout: float = 0.0  # in residual blocks at 16 pixels and below; 0 = off
+    dropout: float = 0.0  # in residual blocks; of the U-Net above 32 pixels, at 16 and below; 0 = off
     ema_sigma_rel: float = 0.05  # width of the power-function EMA, relative to training; 0 = use ema_halflife
     ema_halflife: float = 5e5  # half-life of the EMA in samples
     arch: Literal["edm2", "ddpmpp"] = "edm2"  # the U-Net: EDM2's, or DDPM++ as in EDM's CIFAR-10 runs
@@ -85,12 +85,12 @@ class Config:
     # --- method
     P_mean: float = -1.0  # mean of log sigma in training, sigma = sigma_d tan(t)
     P_std: float = 1.4  # its standard deviation
-    tangent: Literal["normalize", "clip", "raw"] = "normalize"  # g / (rms + c); clip to [-1, 1]; as it is
+    tangent: Literal["normalize", "clip", "raw"] = "normalize"  # g / (rms + c); df/dt in [-1, 1]; as it is
     tangent_c: float = 0.1  # c of the normalization
     warmup: int = 10000  # steps in which the unstable half of the tangent fades in; 0 = off
     weighting: Literal["adaptive", "none"] = "adaptive"  # learned w(t), or w = 0
     mid_t: float = 1.1  # second sampling time, radians; further steps are spread evenly below it
-    guidance_max: float = 1.0  # scd: guidance scale s ~ U[1, this] is an input of the net; 1 = off
+    guidance_max: float = 1.0  # scd: guidance scale ~ U[1, this] is an input of the net; 1 = off
     guidance: float = 1.0  # guidance scale when sampling
     intervals: int = 1024  # dscd: N intervals of EDM's grid
 
@@ -111,7 +111,8 @@ PRESETS = {
                                   P_mean=-1.2, P_std=1.2),
     # FID of 1 / 2 steps: sct 2.85 / 2.06, scd 3.66 / 2.52; teacher 2.15. # DEPARTS: no augmentation
     "cifar10": dict(batch=512, steps=400_000, lr=1e-4, optimizer="radam", ema_sigma_rel=0.0, arch="ddpmpp",
-                    channels=128, channel_mult=(2, 2, 2), blocks=4, attention=(16,), save_every=2500),
+                    double_norm=False, channels=128, channel_mult=(2, 2, 2), blocks=4, attention=(16,),
+                    save_every=2500),
     ("cifar10", "diffusion"): dict(lr=1e-3, lr_warmup=19_531, beta2=0.999, optimizer="adam", dropout=0.13,
                                    P_mean=-1.2, P_std=1.2),
     ("cifar10", "sct"): dict(dropout=0.2),
@@ -161,7 +162,7 @@ def diffuse(x0, t, gen, cfg):
 
 
 def sample_neighbours(gen, cfg):
-    """Neighbours t > t' on EDM's grid of N intervals, t_0 = 0, by the proposal's mass between (App. E)."""
+    """Neighbours t > s on EDM's grid of N intervals, t_0 = 0, by the proposal's mass between (App. E)."""
     sigma = common.karras(cfg.intervals + 1).flip(0)                       # ascending, (N + 1,)
     mass = torch.erf((sigma.log() - cfg.P_mean) / (math.sqrt(2) * cfg.P_std)).diff().cumsum(0)
     i = torch.searchsorted(mass.to(gen.device), gen.uniform() * mass[-1])  # 0..N-1
@@ -171,9 +172,9 @@ def sample_neighbours(gen, cfg):
 
 
 # ----------------------------------------------------------------------------------- consistency function f
-def f(net, x_t, t, y, cfg, s=None):
-    """Eq. 5. x_t (B, ...); t (B,); y (B,) or None; s (B,) guidance scale or None."""
-    F = net(x_t / cfg.sigma_d, t, y, s)
+def f(net, x_t, t, y, cfg, scale=None):
+    """Eq. 5. x_t (B, ...); t (B,); y (B,) or None; scale (B,) of guidance, or None."""
+    F = net(x_t / cfg.sigma_d, t, y, scale)
     return like(t.cos(), x_t) * x_t - like(t.sin(), x_t) * cfg.sigma_d * F
 
 
@@ -193,17 +194,17 @@ def diffusion(net, target, teacher, x0, y, step, cfg, gen):
     return weighted(F - v_t / cfg.sigma_d, w)
 
 
-def teacher_velocity(teacher, x_t, t, y, s, cfg):
-    """dx_t/dt = sigma_d F_teacher (Eq. 3), with classifier-free guidance of scale s (B,) if given."""
+def velocity(model, x_t, t, y, scale, cfg):
+    """dx_t/dt = sigma_d F of a diffusion model (Eq. 3); with a scale (B,), under classifier-free guidance."""
     with torch.no_grad():
-        F = teacher(x_t / cfg.sigma_d, t, y)
-        if s is not None:
-            F_uncond = teacher(x_t / cfg.sigma_d, t, torch.full_like(y, -1))
-            F = F_uncond + like(s, F) * (F - F_uncond)
+        F = model(x_t / cfg.sigma_d, t, y)
+        if scale is not None:
+            F_uncond = model(x_t / cfg.sigma_d, t, torch.full_like(y, -1))
+            F = F_uncond + like(scale, F) * (F - F_uncond)
     return cfg.sigma_d * F
 
 
-def tangent(target, x_t, t, y, s, dxdt, step, cfg, gen):
+def tangent(target, x_t, t, y, scale, dxdt, step, cfg, gen):
     """F^- and g = cos(t) df^-/dt of Eq. 6; one JVP gives both.
 
     Rearranged (Sec. 5.1): the tangent that enters the network already carries cos(t) sin(t), which keeps what
@@ -211,36 +212,36 @@ def tangent(target, x_t, t, y, s, dxdt, step, cfg, gen):
     """
     cos, sin, r = like(t.cos(), x_t), like(t.sin(), x_t), warmup(step, cfg)
     gen.same_dropout()
-    F, cos_sin_dF = common.jvp(lambda x, t: target(x, t, y, s), (x_t / cfg.sigma_d, t),
+    F, cos_sin_dF = common.jvp(lambda x, t: target(x, t, y, scale), (x_t / cfg.sigma_d, t),
                                (cos * sin * dxdt / cfg.sigma_d, t.cos() * t.sin()))
     return F, -cos**2 * (cfg.sigma_d * F - dxdt) - r * (cos * sin * x_t + cfg.sigma_d * cos_sin_dF)
 
 
 @torch.no_grad()
-def discrete_tangent(target, x_t, t, t_next, y, s, dxdt, step, cfg, gen):
-    """The same with (f^-(x_t, t) - f^-(x_t', t')) / sin(t - t') for df^-/dt, t' < t (App. E)."""
-    cos, sin = like((t - t_next).cos(), x_t), like((t - t_next).sin(), x_t)
-    x_next = cos * x_t - sin * dxdt                                       # one teacher step, DDIM
+def discrete_tangent(target, x_t, t, s, y, scale, dxdt, step, cfg, gen):
+    """The same with (f^-(x_t, t) - f^-(x_s, s)) / sin(t - s) for df^-/dt, s < t (App. E)."""
+    cos_h, sin_h = like((t - s).cos(), x_t), like((t - s).sin(), x_t)
+    x_s = cos_h * x_t - sin_h * dxdt                                    # one teacher step, DDIM
     gen.same_dropout()
-    F = target(x_t / cfg.sigma_d, t, y, s)
+    F = target(x_t / cfg.sigma_d, t, y, scale)
     gen.same_dropout()
-    dF = (cos * F - target(x_next / cfg.sigma_d, t_next, y, s)) / sin     # -> dF/dt as t' -> t
-    cos, sin, r = like(t_next.cos(), x_t), like(t_next.sin(), x_t), warmup(step, cfg)
+    dF = (cos_h * F - target(x_s / cfg.sigma_d, s, y, scale)) / sin_h    # -> dF/dt as s -> t
+    cos, sin, r = like(s.cos(), x_t), like(s.sin(), x_t), warmup(step, cfg)
     df = -cos * (cfg.sigma_d * F - dxdt) - r * sin * (x_t + cfg.sigma_d * dF)
     return F, like(t.cos(), x_t) * df
 
 
-def normalize(g, cfg):
-    """Tangent normalization or clipping (Sec. 4.2)."""
-    rms = like(g.square().flatten(1).mean(1).sqrt(), g)
-    return {"normalize": g / (rms + cfg.tangent_c), "clip": g.clamp(-1, 1), "raw": g}[cfg.tangent]
+def normalize(g, t, cfg):
+    """g = cos(t) df/dt, normalized (Alg. 1), or with df/dt clipped to [-1, 1] (Sec. 4.2)."""
+    rms, cos = like(g.square().flatten(1).mean(1).sqrt(), g), like(t.cos(), g)
+    return {"normalize": g / (rms + cfg.tangent_c), "clip": g.clamp(-cos, cos), "raw": g}[cfg.tangent]
 
 
-def consistency(net, x_t, t, y, s, F_minus, g, cfg, gen):
+def consistency(net, x_t, t, y, scale, F_minus, g, cfg, gen):
     """Eq. 8. A second, ordinary forward pass with the same dropout masks: F = F^-, so the error is -g."""
     gen.same_dropout()
-    F, w = net(x_t / cfg.sigma_d, t, y, s, return_w=True)
-    loss, info = weighted(F - F_minus - normalize(g, cfg), w)
+    F, w = net(x_t / cfg.sigma_d, t, y, scale, return_w=True)
+    loss, info = weighted(F - F_minus - normalize(g, t, cfg), w)
     return loss, info | dict(tangent_rms=g.square().mean().sqrt())
 
 
@@ -248,10 +249,10 @@ def scd(net, target, teacher, x0, y, step, cfg, gen):
     """Consistency distillation: dx_t/dt from the teacher."""
     t = sample_t(gen, cfg)
     x_t, _ = diffuse(x0, t, gen, cfg)
-    s = 1 + (cfg.guidance_max - 1) * gen.uniform() if cfg.guidance_max > 1 else None
-    dxdt = teacher_velocity(teacher, x_t, t, y, s, cfg)
-    F_minus, g = tangent(target, x_t, t, y, s, dxdt, step, cfg, gen)
-    return consistency(net, x_t, t, y, s, F_minus, g, cfg, gen)
+    scale = 1 + (cfg.guidance_max - 1) * gen.uniform() if cfg.guidance_max > 1 else None
+    dxdt = velocity(teacher, x_t, t, y, scale, cfg)
+    F_minus, g = tangent(target, x_t, t, y, scale, dxdt, step, cfg, gen)
+    return consistency(net, x_t, t, y, scale, F_minus, g, cfg, gen)
 
 
 def sct(net, target, teacher, x0, y, step, cfg, gen):
@@ -264,12 +265,12 @@ def sct(net, target, teacher, x0, y, step, cfg, gen):
 
 def dscd(net, target, teacher, x0, y, step, cfg, gen):
     """Distillation between neighbours of a grid of N intervals, the discrete-time twin of scd (App. E)."""
-    t, t_next = sample_neighbours(gen, cfg)
+    t, s = sample_neighbours(gen, cfg)
     x_t, _ = diffuse(x0, t, gen, cfg)
-    s = 1 + (cfg.guidance_max - 1) * gen.uniform() if cfg.guidance_max > 1 else None
-    dxdt = teacher_velocity(teacher, x_t, t, y, s, cfg)
-    F_minus, g = discrete_tangent(target, x_t, t, t_next, y, s, dxdt, step, cfg, gen)
-    return consistency(net, x_t, t, y, s, F_minus, g, cfg, gen)
+    scale = 1 + (cfg.guidance_max - 1) * gen.uniform() if cfg.guidance_max > 1 else None
+    dxdt = velocity(teacher, x_t, t, y, scale, cfg)
+    F_minus, g = discrete_tangent(target, x_t, t, s, y, scale, dxdt, step, cfg, gen)
+    return consistency(net, x_t, t, y, scale, F_minus, g, cfg, gen)
 
 
 LOSSES = {"diffusion": diffusion, "scd": scd, "sct": sct, "dscd": dscd}
@@ -281,17 +282,17 @@ def sample(net, noise, y, nfe, cfg, gen):
     """noise ~ N(0, sigma_d^2 I) (B, ...) -> x_0. A second step starts from fresh noise at t = 1.1
     (Sec. 5.2). # DEPARTS: further ones are spread evenly below 1.1, the paper names none."""
     guided = cfg.guidance != 1 or cfg.guidance_max > 1
-    x, s = noise, noise.new_full(noise.shape[:1], cfg.guidance) if guided else None
+    x, scale = noise, noise.new_full(noise.shape[:1], cfg.guidance) if guided else None
     if cfg.mode == "diffusion":
         def F(x, t, y):
-            return teacher_velocity(net, cfg.sigma_d * x, t, y, s, cfg) / cfg.sigma_d
+            return velocity(net, cfg.sigma_d * x, t, y, scale, cfg) / cfg.sigma_d
         return common.solve(F, noise, common.ode_times((nfe + 1) // 2, cfg.sigma_d), y, cfg.sigma_d)
-    for i in range(nfe):
-        angle = cfg.mid_t * (nfe - i) / (nfe - 1) if i else math.atan(80 / cfg.sigma_d)  # EDM's sigma_max
+    angles = [math.atan(80 / cfg.sigma_d), *(cfg.mid_t * (nfe - i) / (nfe - 1) for i in range(1, nfe))]
+    for i, angle in enumerate(angles):
         t = torch.full(noise.shape[:1], angle, dtype=torch.float64, device=noise.device)
         if i:
             x = like(t.cos(), x) * x + like(t.sin(), x) * cfg.sigma_d * gen.normal(*x.shape[1:])
-        x = f(net, x, t, y, cfg, s)
+        x = f(net, x, t, y, cfg, scale)
     return x
 
 
@@ -348,13 +349,16 @@ def main(argv=None):
     cfg = common.parse_args(Config, PRESETS, LOSSES, argv)
     if cfg.mode in ("scd", "dscd") and not cfg.teacher:
         common.fail(f"--mode {cfg.mode} distills a teacher: give --teacher RUN (or exact, for gmm)")
-    able = cfg.conditional and cfg.mode != "sct" and (cfg.guidance_max > 1) == (cfg.mode != "diffusion")
+    able = cfg.conditional and (cfg.guidance_max == 1 if cfg.mode == "diffusion" else
+                                cfg.mode != "sct" and cfg.guidance_max > 1)
     if (cfg.guidance != 1 or cfg.guidance_max > 1) and not able:
         common.fail("guidance needs --conditional, and scd or dscd trained with --guidance_max, or diffusion")
     if cfg.sample:
         common.write_samples(cfg, sample)
+    elif cfg.dry_run:
+        common.dry_run(cfg)
     else:
-        common.dry_run(cfg) if cfg.dry_run else train(cfg)
+        train(cfg)
 
 
 if __name__ == "__main__":

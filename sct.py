@@ -36,7 +36,7 @@ from common import like
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config:
-    dataset: str = "gmm"  # gmm, shapes, folder, cifar10; some scripts imagenet64 (a folder), imagenet512
+    dataset: str = "gmm"  # gmm (2-D), shapes, folder (--data), or another of PRESETS
     mode: str = "sct"  # training objective, see --help's first lines
     size: str = ""  # other size of the preset's network, such as M; "" = its own
     data: str = ""  # class folders or EDM-style zip; cifar-10-binary.tar.gz (cifar10); latents (imagenet512)
@@ -58,7 +58,7 @@ class Config:
     beta2: float = 0.99  # Adam's second moment; the first is 0.9
     eps: float = 1e-8  # Adam's epsilon
     clip: float = 0.0  # gradient norm clipping; 0 = off
-    dropout: float = 0.0  # in residual blocks at 16 pixels and below; 0 = off
+    dropout: float = 0.0  # in residual blocks; of the U-Net above 32 pixels, at 16 and below; 0 = off
     ema_sigma_rel: float = 0.05  # width of the power-function EMA, relative to training; 0 = use ema_halflife
     ema_halflife: float = 5e5  # half-life of the EMA in samples
     arch: Literal["edm2", "ddpmpp"] = "edm2"  # the U-Net: EDM2's, or DDPM++ as in EDM's CIFAR-10 runs
@@ -120,11 +120,12 @@ PRESETS = {
     # FID of 1 / 2 steps: ect 3.78 / 2.13, sct 3.11 / 2.05, phased 1.95 (4) 1.86 (8); conditional 3.03 / 1.88.
     # --batch 512 --steps 300000 --ema_halflife 3.5e6: 2.92 / 2.02; conditional 2.88 / 1.87.
     "cifar10": dict(batch=128, steps=200_000, lr=1e-4, optimizer="radam", beta2=0.999, ema_sigma_rel=0.0,
-                    ema_halflife=8.9e5, dropout=0.2, arch="ddpmpp", channels=128, channel_mult=(2, 2, 2),
-                    blocks=4, attention=(16,), save_every=2500, c_noise="log", q=2**0.5, d=12_500),
+                    ema_halflife=8.9e5, dropout=0.2, arch="ddpmpp", double_norm=False, channels=128,
+                    channel_mult=(2, 2, 2), blocks=4, attention=(16,), save_every=2500, c_noise="log",
+                    q=2**0.5, d=12_500),
     ("cifar10", "ect"): dict(q=2.0, d=25_000, delta=0.0),
     ("cifar10", "diffusion"): dict(lr=1e-3, lr_warmup=19_531, steps=400_000, optimizer="adam", batch=512,
-                                   dropout=0.13, P_mean=-1.2, P_std=1.2),
+                                   ema_halflife=5e5, dropout=0.13, P_mean=-1.2, P_std=1.2),
     # ect S 5.51 / 3.18, M 3.67 / 2.35; sct S 5.10 / 3.05, M 3.30 / 2.13; --batch 1024: sct M 2.42 / 1.55.
     # The paper does not say its reference set here: a batch of 128 has hardly two images of one class.
     "imagenet64": dict(image_size=64, conditional=True, batch=128, steps=100_000, lr=1e-3, lr_ref=2000,
@@ -133,8 +134,9 @@ PRESETS = {
                        d=12_500, c=0.06, sigmas=(80.0, 1.526), save_every=2500),
     ("imagenet64", "M"): dict(channels=256, lr=9e-4, dropout=0.5),
     ("imagenet64", "ect"): dict(q=4.0, d=25_000, weighting="snr"),
-    ("imagenet64", "diffusion"): dict(batch=2048, lr=1e-2, lr_warmup=5000, lr_ref=35_000, dropout=0.1,
-                                      label_dropout=0.1),
+    ("imagenet64", "diffusion"): dict(batch=2048, steps=2**19, lr_warmup=4883, lr_ref=35_000),  # EDM2's
+    ("imagenet64", "S", "diffusion"): dict(lr=1e-2, dropout=0.0, ema_sigma_rel=0.075),
+    ("imagenet64", "M", "diffusion"): dict(lr=9e-3, dropout=0.1, ema_sigma_rel=0.06, steps=2**20),
 }
 
 
@@ -146,14 +148,15 @@ def edges(cfg):
 
 def earlier(t, edge, step, cfg):
     """s < t (Eq. 15, 17), closing in on t stage by stage, 2^12 times at most: float32 must tell s from t."""
-    n, stage = 1 + cfg.k * torch.sigmoid(-cfg.b * t), min(cfg.stage + step // cfg.d, 12 / math.log2(cfg.q))
+    stage = min(cfg.stage + step // cfg.d, 12 / math.log2(cfg.q))
+    n = 1 + cfg.k * torch.sigmoid(-cfg.b * t)
     return (1 - n / cfg.q**stage).clamp(min=0) * (t - edge) + edge
 
 
 def lower_edge(t, cfg):
     """The lower end of t's segment; t on an edge is of the lower one."""
     lower = edges(cfg).to(t.device)
-    return lower[(lower < t[:, None]).sum(1) - 1]
+    return lower[torch.searchsorted(lower, t) - 1]
 
 
 def times(gen, step, cfg):
@@ -214,9 +217,10 @@ def stable_target(x_t, t, y, chunks):
         sum2 = sum2 * (2 * (old - top)).exp() + W**2 @ moments
     sum1, sum2 = sum1 / sum1[:, -1:], sum2 / sum1[:, -1:] ** 2
     mean = sum1[:, :-2]
-    dot, square = (lambda a: (a[:, :-2] * mean).sum(1)), mean.square().sum(1)
-    spread = [a[:, -2] - 2 * dot(a) + a[:, -1] * square for a in (sum2, sum1)]
-    return mean.view_as(x_t), *(v.clamp(min=0) for v in spread)
+
+    def spread(a):  # sum of weight ||x_i - mean||^2
+        return (a[:, -2] - 2 * (a[:, :-2] * mean).sum(1) + a[:, -1] * mean.square().sum(1)).clamp(min=0)
+    return mean.view_as(x_t), spread(sum2), spread(sum1)
 
 
 def consistency(net, target, x_t, t, x_star, s, edge, y, cfg, gen):
@@ -291,7 +295,7 @@ def sample(net, noise, y, nfe, cfg, gen):
 def train(cfg):
     run = common.Run(cfg)
     data = common.dataset(cfg, run.device)  # <- method
-    teacher = data  # <- method: no teacher, but the samples that targets are averaged over
+    teacher = data  # <- method: none, but the samples that targets are averaged over
     options = dict(head=False)  # <- method
     net = common.network(cfg, data, **options)  # <- method
     common.load_init(net, cfg, data)
@@ -336,7 +340,7 @@ def train(cfg):
             run.save(state, done)
         if done % cfg.sample_every == 0 or done == cfg.steps:
             nfes = (cfg.phases,) if cfg.phases > 1 else (1, 2)  # <- method
-            common.report(cfg, run, done, sample, ema, data, teacher, nfes)  # <- method
+            common.report(cfg, run, done, sample, ema, data, None, nfes)  # <- method
 
 
 # ---------------------------------------------------------------------------------------------------- main
@@ -357,8 +361,10 @@ def main(argv=None):
         common.fail("--guide label needs a run with --conditional and --label_dropout")
     if cfg.sample:
         common.write_samples(cfg, sample)
+    elif cfg.dry_run:
+        common.dry_run(cfg)
     else:
-        common.dry_run(cfg) if cfg.dry_run else train(cfg)
+        train(cfg)
 
 
 if __name__ == "__main__":

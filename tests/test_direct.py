@@ -95,9 +95,9 @@ def test_guidance(ring):
 
 
 def test_metrics():
-    a, b = torch.zeros(2, 3), torch.full((2, 3), 0.5)
-    assert direct_cm.METRICS["l2"](a, b) == 0.25
-    assert direct_cm.METRICS["huber"](a, b).item() == pytest.approx((0.25 + 1e-6) ** 0.5 - 1e-3)
+    a, b = torch.zeros(2, 3), torch.tensor([[0.5] * 3, [1.0] * 3])
+    assert direct_cm.METRICS["l2"](a, b).tolist() == [0.25, 1.0]
+    assert direct_cm.METRICS["huber"](a, b).tolist() == pytest.approx([(v + 1e-6) ** 0.5 - 1e-3 for v in (0.25, 1)])
 
 
 def test_sampling_labels():

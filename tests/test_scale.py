@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+import cm
 import common
+import multistep_cm
 import scm
+import sct
 
 PAPER = {  # sCM, App. G: dataset, mode, size -> what the paper's tables say
     ("imagenet64", "diffusion", "S"): dict(lr=1e-2, P_mean=-0.8, P_std=1.6, ema_sigma_rel=0.075, dropout=0.0),
@@ -59,6 +62,26 @@ def test_cifar10_is_trained_on_ddpmpp():
     with torch.device("meta"):
         net = common.network(config("--dataset", "cifar10", "--mode", "sct"), type("Data", (), dict(shape=(3, 32, 32))), head=False)
     assert isinstance(net, common.DDPMpp) and sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(55.7, abs=0.1)
+
+
+@pytest.mark.parametrize("flags", [("--double_norm", "true"), ("--emb", "fourier"), ("--guidance_max", "2")])
+def test_ddpmpp_refuses_what_it_has_not(flags):
+    cfg = config("--dataset", "cifar10", "--mode", "sct", *flags)
+    with pytest.raises(SystemExit):
+        common.network(cfg, type("Data", (), dict(shape=(3, 32, 32))), guidance=cfg.guidance_max > 1)
+
+
+@pytest.mark.parametrize("script, flags, millions", [
+    (cm, "imagenet64", 280), (sct, "imagenet64 --size M", 498), (multistep_cm, "imagenet64", 280),
+    (multistep_cm, "imagenet64 --size L", 778), (multistep_cm, "imagenet128", 184),
+    (multistep_cm, "imagenet128 --size L", 736)])
+def test_the_siblings_presets_are_edm2s_network(script, flags, millions):
+    """EDM2's own modulation, and the sizes that the presets name."""
+    cfg = common.parse_args(script.Config, script.PRESETS, script.LOSSES, ["--dataset", *flags.split()])
+    data = type("Data", (), dict(shape=(3, cfg.image_size, cfg.image_size), classes=1000))
+    with torch.device("meta"):
+        net = common.network(cfg, data, head=False)
+    assert not cfg.double_norm and round(sum(p.numel() for p in net.parameters()) / 1e6) == millions
 
 
 def test_label_dropout_rate():

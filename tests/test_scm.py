@@ -41,7 +41,7 @@ def test_rearranged_jvp_is_the_plain_tangent(ring):
     cfg, _, teacher = ring
     net, t = toy_net(), torch.linspace(0.01, 1.55, 16).double()
     x_t = 0.5 * torch.randn(16, 2).double()
-    dxdt = scm.teacher_velocity(teacher, x_t, t, None, None, cfg)
+    dxdt = scm.velocity(teacher, x_t, t, None, None, cfg)
     _, df = common.jvp(lambda x, t: scm.f(net, x, t, None, cfg), (x_t, t), (dxdt, torch.ones_like(t)))
     _, g = scm.tangent(net, x_t, t, None, None, dxdt, 0, cfg, draw())
     assert torch.allclose(g, t.cos()[:, None] * df, atol=1e-10)
@@ -54,7 +54,7 @@ def test_discrete_tangent_tends_to_the_continuous(ring):
     x_t = 0.5 * torch.randn(16, 2).double()
     for step in (0, 40, 100):  # r = 0, 0.4, 1
         cfg = config(warmup=100)
-        dxdt = scm.teacher_velocity(teacher, x_t, t, None, None, cfg)
+        dxdt = scm.velocity(teacher, x_t, t, None, None, cfg)
         F, g = scm.tangent(net, x_t, t, None, None, dxdt, step, cfg, draw())
         error = []
         for h in (1e-3, 1e-4):
@@ -69,7 +69,7 @@ def test_discrete_tangent_is_the_difference_of_f(ring):
     cfg, _, teacher = ring
     net, t, s = toy_net(), torch.tensor([0.4, 1.2]).double(), torch.tensor([0.0, 1.0]).double()
     x_t = 0.5 * torch.randn(2, 2).double()
-    dxdt = scm.teacher_velocity(teacher, x_t, t, None, None, cfg)
+    dxdt = scm.velocity(teacher, x_t, t, None, None, cfg)
     _, g = scm.discrete_tangent(net, x_t, t, s, None, None, dxdt, 0, cfg, draw())
     x_s = torch.cat([common.solve(teacher, x_t[i:i + 1], torch.stack([t[i], s[i]]), solver="ddim") for i in (0, 1)])
     df = (scm.f(net, x_t, t, None, cfg) - scm.f(net, x_s, s, None, cfg)) / torch.sin(t - s)[:, None]
@@ -120,7 +120,7 @@ def test_sct_gradient_is_an_unbiased_scd_gradient(ring, posterior):
         loss, _ = scm.consistency(net, x_t, t, None, None, F, g, cfg, draw())
         grads = torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad], allow_unused=True)
         return torch.cat([g.flatten() for g in grads if g is not None])
-    exact = gradient(x_t, t, scm.teacher_velocity(teacher, x_t, t, None, None, cfg))
+    exact = gradient(x_t, t, scm.velocity(teacher, x_t, t, None, None, cfg))
     rounds = []
     for i in range(m):
         x0 = torch.cat([posterior(*pair, n, torch.Generator().manual_seed(i)) for pair in zip(x_t, t)])
@@ -136,11 +136,13 @@ def test_sct_gradient_is_an_unbiased_scd_gradient(ring, posterior):
 
 
 def test_normalized_clipped_and_raw_tangents():
-    g = torch.tensor([[3.0, -4.0], [0.0, 0.0], [1e-3, 0.0]])
     rms = torch.tensor([[math.sqrt(12.5)], [0.0], [1e-3 / math.sqrt(2)]])
-    assert torch.allclose(scm.normalize(g, config(tangent="normalize", tangent_c=0.1)), g / (rms + 0.1))
-    assert torch.equal(scm.normalize(g, config(tangent="clip")), g.clamp(-1, 1))
-    assert torch.equal(scm.normalize(g, config(tangent="raw")), g)
+    df, t = torch.tensor([[3.0, -4.0], [0.0, 0.0], [1e-3, 0.0]]), torch.tensor([0.0, 0.7, 1.4])
+    cos = t.cos()[:, None]
+    g = cos * df
+    assert torch.allclose(scm.normalize(g, t, config(tangent="normalize", tangent_c=0.1)), g / (cos * rms + 0.1))
+    assert torch.allclose(scm.normalize(g, t, config(tangent="clip")), cos * df.clamp(-1, 1))
+    assert torch.equal(scm.normalize(g, t, config(tangent="raw")), g)
 
 
 def test_warmup_fades_in_the_unstable_half():
@@ -179,9 +181,9 @@ def test_guidance_moves_the_teacher_and_one_is_plain(ring):
     """F_uncond + s (F_cond - F_uncond): s = 1 is the conditional teacher; the network sees s."""
     cfg, _, teacher = ring
     x_t, t, y = torch.randn(4, 2), torch.rand(4).double(), torch.arange(4)
-    plain = scm.teacher_velocity(teacher, x_t, t, y, None, cfg)
-    assert torch.allclose(scm.teacher_velocity(teacher, x_t, t, y, torch.ones(4), cfg), plain, atol=1e-6)
-    assert not torch.allclose(scm.teacher_velocity(teacher, x_t, t, y, torch.full((4,), 2.0), cfg), plain, atol=1e-2)
+    plain = scm.velocity(teacher, x_t, t, y, None, cfg)
+    assert torch.allclose(scm.velocity(teacher, x_t, t, y, torch.ones(4), cfg), plain, atol=1e-6)
+    assert not torch.allclose(scm.velocity(teacher, x_t, t, y, torch.full((4,), 2.0), cfg), plain, atol=1e-2)
     net = toy_net(classes=8, guidance=True)
     net.cond.guidance_gain.data.fill_(1.0)
     a, b = (net(x_t.double(), t, y, torch.full((4,), s).double()) for s in (1.0, 2.0))
