@@ -348,13 +348,19 @@ def evaluate(path, nfes, args, tools, device):
         if RANK:
             continue
         if args.write:
-            common.write_npz(Path(args.out, f"{Path(path).name}-{nfe}nfe.npz"), x, y)
+            common.write_npz(Path(args.out, f"{title(path, args.runs).replace('/', '-')}-{nfe}nfe.npz"), x, y)
         row = points(x, noise, y, nfe, cfg) if x.ndim == 2 else pictures(moments, f, p, tools.references[key])
         if score is not None:
             row |= dict(zip(("clip_score", "aesthetic_score"), score.double().mean(0).tolist()))
         picture = common.density(x, 160) if x.ndim == 2 else common.grid(x[:SHOWN], SHOWN)
         results[str(path), nfe] = columns | dict(nfe=nfe, n=n) | row, picture
     return results
+
+
+def title(path, runs):
+    """The path, without the folders that all runs share."""
+    folders = [Path(run).resolve().parent for run in runs or [path]]
+    return os.path.relpath(Path(path).resolve(), os.path.commonpath(folders))
 
 
 def cell(value):
@@ -460,7 +466,7 @@ def main(argv=None):
         for path in args.runs:
             results |= evaluate(path, args.nfe, args, tools, device)
         rows = values = [row for row, _ in results.values()]
-        sheet = {f"{Path(path).stem}, {nfe} NFE": picture for (path, nfe), (_, picture) in results.items()}
+        sheet = {f"{title(path, args.runs)}, {nfe} NFE": image for (path, nfe), (_, image) in results.items()}
     if RANK == 0:
         print(table(rows))
         text = json.dumps(values, indent=1).encode()

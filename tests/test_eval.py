@@ -155,6 +155,14 @@ def test_toy_runs(train):
     assert Path("out.d/eval.png").exists()
 
 
+def test_runs_of_one_name_are_told_apart(train):
+    """a/run and b/run: a row, a panel and a file of samples each."""
+    for name in ("a/run", "b/run"):
+        train("--steps", 1, "--channels", 16, "--out", name)
+    assert len(rows("a/run", "b/run", "--samples", 20, "--nfe", 1, "--write")) == 2
+    assert {path.name for path in Path("out.d").glob("*.npz")} == {"a-run-1nfe.npz", "b-run-1nfe.npz"}
+
+
 def test_neither_batch_nor_processes_change_a_figure(pictures):
     """7 or 64 samples at a time, in one process or two, and the samples of an .npz instead of the run."""
     flags = ["--samples", 50, "--nfe", 1, "--features", "features.pt"]

@@ -81,7 +81,8 @@ def test_the_siblings_presets_are_edm2s_network(script, flags, millions):
     data = type("Data", (), dict(shape=(3, cfg.image_size, cfg.image_size), classes=1000))
     with torch.device("meta"):
         net = common.network(cfg, data, head=False)
-    assert not cfg.double_norm and round(sum(p.numel() for p in net.parameters()) / 1e6) == millions
+    assert not cfg.double_norm
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.6)
 
 
 def test_label_dropout_rate():
