@@ -1548,7 +1548,7 @@ class Run:
         self.rows = [(RANK * share + i, RANK * share + i + micro) for i in range(0, share, micro)]
 
     def wrap(self, net):
-        if self.cfg.compile:  # with eager random numbers: the JVP, never compiled, needs the same dropout masks
+        if self.cfg.compile:  # with eager random numbers: the JVP, never compiled, needs the same masks
             net = torch.compile(net, options=dict(fallback_random=True))
         return nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if WORLD > 1 else net
 
