@@ -30,6 +30,7 @@ import time
 import typing
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -268,12 +269,7 @@ class Images:
         self.cfg, self.images = cfg, images
         self.shape, self.classes = tuple(images.shape[1:]), int(labels.max()) + 1
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        halvings = 2 ** (len(cfg.channel_mult) - 1)
-        if self.shape[1] % halvings:
-            fail(f"images of {self.shape[1]} pixels cannot be halved {len(cfg.channel_mult) - 1} times "
-                 f"(--channel_mult): --image_size must be a multiple of {halvings}")
-        if cfg.conditional and self.classes < 2:
-            fail(f"--conditional needs labels, and {cfg.data or cfg.dataset} has none")
+        check_fit(cfg, self)
 
     def batch(self, gen):
         """x0 (B, 3, H, W) float32; y (B,) int64, or None unless cfg.conditional."""
@@ -294,6 +290,16 @@ class Images:
         return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
+def check_fit(cfg, data):
+    """Ends the program if the network that cfg asks for cannot take the data."""
+    halvings = 2 ** (len(cfg.channel_mult) - 1)
+    if data.shape[1] % halvings:
+        fail(f"images of {data.shape[1]} pixels cannot be halved {len(cfg.channel_mult) - 1} times "
+             f"(--channel_mult): --image_size must be a multiple of {halvings}")
+    if cfg.conditional and data.classes < 2:
+        fail(f"--conditional needs labels, and {cfg.data or cfg.dataset} has none")
+
+
 SPACES = dict(  # of latents: the autoencoder's pixels at 0 and 255, mean and standard deviation by channel
     scm=(-1, 1, (1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31)),   # sCM, App. G
     edm2=(0, 1, (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)))      # EDM2 feeds [0, 1]
@@ -309,12 +315,19 @@ class Latents:
         if root.is_dir():
             if not (root / "latents.json").exists():
                 fail(f"--data {root} holds no latents, or not all: run python common.py latents --out {root}")
-            self.moments, labels = np.load(root / "moments.npy", mmap_mode="r"), np.load(root / "labels.npy")
+            try:
+                self.moments = np.load(root / "moments.npy", mmap_mode="r")
+                labels = np.load(root / "labels.npy")
+            except (OSError, ValueError) as error:
+                fail(f"--data {root}: damaged latents ({error}): encode them anew, into another folder")
         else:
             names, labels, read = list_images(root, (".npy",))
             self.moments, self.names, self.read = None, names, read
         self.labels, self.classes = torch.as_tensor(labels, dtype=torch.int64), int(labels.max()) + 1
         self.shape = (4, *self.rows([0]).shape[2:])
+        check_fit(cfg, self)
+        if RANK == 0:
+            autoencoder(cfg.vae, torch.device("cpu"))  # pictures need it: better missed now than at the end
 
     def rows(self, index):
         """Mean and standard deviation, (B, 8, h, w) float32."""
@@ -323,7 +336,7 @@ class Latents:
         try:
             arrays = [np.load(io.BytesIO(self.read(self.names[i])), allow_pickle=False) for i in index]
             return torch.from_numpy(np.stack(arrays).astype(np.float32))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             fail(f"--data {self.cfg.data}: not EDM2's latents, float32 (8, h, w) .npy ({error})")
 
     def batch(self, gen):
@@ -380,10 +393,10 @@ def encode_latents(argv):
     parser.add_argument("--image_size", type=int, default=512, help="crop and resize to this [512]")
     parser.add_argument("--batch", type=int, default=16, help="images at a time [16]")
     args = parser.parse_args(argv)
-    names, labels, read = list_images(args.src)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    if WORLD > 1:
-        dist.init_process_group("gloo")
+    if args.batch < 1 or args.image_size < 8:
+        fail("--batch must be at least 1, --image_size at least 8")
+    names, labels, read = list_images(args.src, flag="--src")
+    device = start_processes("gloo")
     vae, out = autoencoder(args.vae, device), Path(args.out)
 
     def encode(batch):
@@ -393,9 +406,14 @@ def encode_latents(argv):
     shape, about = (len(names), *encode(names[:1]).shape[1:]), dict(vars(args), names=len(names))
     about["sources"] = hashlib.sha1("\n".join(names).encode()).hexdigest()
     if RANK == 0 and not (out / "about.json").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        for name, dtype, size in (("moments", np.float16, shape), ("done", np.uint8, shape[:1])):
-            np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, size).flush()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for name, dtype, size in (("moments", np.float16, shape), ("done", np.uint8, shape[:1])):
+                np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, size).flush()
+                with open(out / f"{name}.npy", "r+b") as file:  # a full disk would kill a memory map later
+                    getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, file.seek(0, 2))
+        except OSError as error:
+            fail(f"cannot write {out}: {error}")
         atomic_write(out / "labels.npy", lambda file: np.save(file, labels))
         atomic_write(out / "about.json", lambda file: file.write(json.dumps(about).encode()))
     barrier()
@@ -412,6 +430,8 @@ def encode_latents(argv):
             done[batch] = 1
             done.flush()
     barrier()
+    if not np.load(out / "done.npy").all():
+        fail(f"{out} lacks latents: run this once more")
     if RANK == 0:
         atomic_write(out / "latents.json", lambda file: file.write(json.dumps(about).encode()))
         print(f"wrote {len(names)} latents {shape[1:]} to {out}")
@@ -434,7 +454,7 @@ def draw_shapes(cfg, count=8000):
     return images, labels
 
 
-def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp")):
+def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp"), flag="--data"):
     """Names, labels and read(name) -> bytes of class subfolders of images (torchvision's ImageFolder), or of
     EDM's zip with dataset.json."""
     root = Path(root)
@@ -444,7 +464,7 @@ def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp")):
         tops = [Path(n).parts[0] if len(Path(n).parts) > 1 else "" for n in names]
         classes = sorted(set(tops))
         if "" in classes and len(classes) > 1:
-            fail(f"--data {root}: images in class folders and beside them, such as {names[tops.index('')]}")
+            fail(f"{flag} {root}: images in class folders and beside them, such as {names[tops.index('')]}")
         labels, archive = [classes.index(top) for top in tops], None
     elif zipfile.is_zipfile(root):
         archive = zipfile.ZipFile(root)
@@ -455,11 +475,11 @@ def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp")):
             labels = [table[n] if table else 0 for n in names]
             assert all(type(v) is int and 0 <= v < len(names) for v in labels)
         except Exception as error:
-            fail(f"--data {root}: its dataset.json does not give every image a whole number ({error!r})")
+            fail(f"{flag} {root}: its dataset.json does not give every image a whole number ({error!r})")
     else:
-        fail(f"--data {root}: neither a folder nor a zip file")
+        fail(f"{flag} {root}: neither a folder nor a zip file")
     if not names:
-        fail(f"--data {root}: no images ({', '.join(suffixes)}) in it")
+        fail(f"{flag} {root}: no images ({', '.join(suffixes)}) in it")
     return names, np.array(labels), archive.read if archive else lambda name: (root / name).read_bytes()
 
 
@@ -497,8 +517,8 @@ def read_folder(cfg):
 
 
 def download(url, path, md5=""):
-    """Rank 0 fetches url into path and checks it; the others wait."""
-    if RANK == 0:
+    """Rank 0 fetches url into path, unless it is there, and checks it; the others call, too, and wait."""
+    if RANK == 0 and not Path(path).exists():
         try:
             with urllib.request.urlopen(url, timeout=60) as response:
                 blob = response.read()
@@ -585,7 +605,7 @@ def read_cifar10(cfg):
     """CIFAR-10's official binary archive (--data, or downloaded and checked): the 50,000 training images."""
     url, md5 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
     path = Path(cfg.data or "data/cifar-10-binary.tar.gz")
-    if not cfg.data and not path.exists():
+    if not cfg.data:
         download(url, path, md5)
     try:
         with tarfile.open(path) as archive:  # only read, never unpacked
@@ -604,7 +624,7 @@ def read_cifar10(cfg):
 
 def pnorm(x, dim=1, eps=1e-4):
     """Pixel normalization: unit root mean square along dim. The norm is taken in float32 or wider."""
-    size = math.prod(x.shape[d] for d in ([dim] if isinstance(dim, int) else dim))
+    size = math.prod([x.shape[d] for d in ([dim] if isinstance(dim, int) else dim)])  # a list: torch.compile
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide) / math.sqrt(size)
     return x * (1 / (eps + norm)).to(x.dtype)
@@ -615,8 +635,7 @@ SILU = 1 / 0.596  # gain of the layer after a SiLU, restores unit variance (EDM2
 
 def mp_sum(a, b, t):
     """Blend of two unit-variance tensors at unit variance (EDM2, Eq. 88)."""
-    norm = math.hypot(1 - t, t)
-    return torch.add(a * ((1 - t) / norm), b, alpha=t / norm)
+    return torch.lerp(a, b, t) / math.hypot(1 - t, t)
 
 
 def mp_cat(a, b):
@@ -1192,6 +1211,20 @@ def attention_triton(*duals):
 
 # ---------------------------------- 6. run: processes, optimizer, EMA, checkpoints, log, pictures, metrics
 
+def start_processes(backend=""):
+    """Joins torchrun's processes; the device of this one."""
+    cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
+    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
+        fail(f"every process needs a GPU, and there are {gpus}: lower --nproc_per_node")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if WORLD > 1 and not dist.is_initialized():
+        hours = datetime.timedelta(hours=24)  # the others wait while rank 0 decodes a dataset
+        dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=hours)
+    return device
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -1409,8 +1442,14 @@ class Diffusers(nn.Module):
         super().__init__()
         from diffusers import DDPMScheduler, UNet2DModel
         folders = ("unet", "scheduler") if Path(path, "unet").is_dir() else ("", "")
-        self.net, self.sigma_d = UNet2DModel.from_pretrained(Path(path, folders[0])), sigma_d
-        config, scheduler = self.net.config, DDPMScheduler.from_pretrained(Path(path, folders[1]))
+        try:
+            self.net, self.sigma_d = UNet2DModel.from_pretrained(Path(path, folders[0])), sigma_d
+            scheduler = DDPMScheduler.from_pretrained(Path(path, folders[1]))
+        except (OSError, ValueError) as error:
+            fail(f"{path} is no complete folder of UNet2DModel and its scheduler: {str(error)[:100]}")
+        config = self.net.config
+        if config.num_class_embeds or config.class_embed_type or config.out_channels != config.in_channels:
+            fail(f"{path} takes labels or predicts variances: only networks without are known")
         if scheduler.config.prediction_type != "epsilon":
             fail(f"{path} predicts {scheduler.config.prediction_type}: only epsilon is known")
         self.options = dict(shape=(config.in_channels, config.sample_size, config.sample_size), classes=0)
@@ -1465,6 +1504,7 @@ def dry_run(cfg):
     """--dry_run: data and teacher are opened and checked, the network is built without memory (device meta);
     prints parameters, FLOPs of a forward pass and an estimate of the memory that a process needs."""
     from torch.utils.flop_counter import FlopCounterMode
+    start_processes()
     data = dataset(cfg)
     teacher = load_teacher(cfg, data, "cpu")
     with torch.device("meta"):
@@ -1484,6 +1524,8 @@ def dry_run(cfg):
     parameters, sample = sum(p.numel() for p in net.parameters()), held[1] - held[0]
     copies = 5 + (teacher is not None and not isinstance(teacher, Mixture))  # net, EMA, gradient, Adam's two
     weights, micro = 4 * copies * parameters + held[0] - sample, cfg.micro or cfg.batch // WORLD
+    if RANK:
+        return
     print(f"data       {cfg.dataset}, {data.shape}, {data.classes} classes, sigma_d {cfg.sigma_d}")
     print(f"network    {parameters / 1e6:.1f} M parameters; {flops.get_total_flops() / 2e9:.3g} GFLOP for a "
           "sample's forward pass (backward twice that, JVP twice)")
@@ -1530,15 +1572,7 @@ class Run:
     def __init__(self, cfg):
         self.cfg, self.out, self.bad, self.skipped = cfg, Path(cfg.out), 0, 0
         self.began = time.time()  # moved back by what earlier sittings of a resumed run took
-        cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
-        if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
-            fail(f"every process needs a GPU, and there are {gpus}: lower --nproc_per_node")
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-        if cuda:
-            torch.cuda.set_device(self.device)
-        if WORLD > 1 and not dist.is_initialized():
-            hours = datetime.timedelta(hours=24)  # the others wait while rank 0 decodes a dataset
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=hours)
+        self.device = start_processes()
         if (self.out / "ckpt.pt").exists() and not cfg.resume and not cfg.overwrite:
             fail(f"{self.out} holds a run already: --resume it, --overwrite it, or choose another --out")
         if cfg.overwrite and self.out.resolve() in (Path(cfg.teacher).resolve(), Path(cfg.init).resolve()):

@@ -54,10 +54,7 @@ def open_run(path, prompts, device):
     """A run folder, checkpoint or .npz as (its columns of the table, cfg, draw(nfe, lo, hi) -> x, noise, y),
     with x (B, D) or uint8 (B, 3, H, W); noise is None where the exact solution makes no sense."""
     if str(path).endswith(".npz"):
-        x = read_npz(path).get("arr_0")
-        if x is None or x.ndim not in (2, 4) or x.ndim == 4 and (x.dtype != np.uint8 or x.shape[3] != 3):
-            fail(f"{path}: no samples, arr_0 of points or of uint8 (N, H, W, 3), in it")
-        x = torch.from_numpy(x if x.ndim == 2 else x.transpose(0, 3, 1, 2))
+        x = torch.from_numpy(adm_samples(read_npz(path), path))
         return dict(run=str(path), n=len(x)), None, lambda nfe, lo, hi: (x[lo:hi], None, None)
     ckpt = common.read_checkpoint(path)
     if ckpt["script"] not in TOY:
@@ -107,6 +104,14 @@ def read_npz(path):
             return {name: file[name] for name in file.files}
     except Exception as error:  # numpy and zipfile raise many kinds
         fail(f"cannot read {path}: {error}")
+
+
+def adm_samples(file, path):
+    """Points (N, D), or images as uint8 (N, 3, H, W), from the arrays of an .npz in ADM's layout."""
+    x = file.get("arr_0")
+    if x is None or x.ndim not in (2, 4) or x.ndim == 4 and (x.dtype != np.uint8 or x.shape[3] != 3):
+        fail(f"{path}: no samples, arr_0 of points or of uint8 (N, H, W, 3), in it")
+    return x if x.ndim == 2 else x.transpose(0, 3, 1, 2)
 
 
 # ----------------------------------------------------------------------------------------- metrics in 2-D
@@ -202,20 +207,21 @@ def feature_network(name, weights, device):
             return net((x - mean) / std).pooler_output.cpu(), None
         return dinov2
     path = Path(weights or "data/inception-2015-12-05.pt") if name == "inception" else Path(name)
-    if not path.exists() and name == "inception" and not weights:
+    if name == "inception" and not weights:
         common.download(INCEPTION, path)
     if not path.exists():
         fail(f"no feature network at {path}: give --features inception, dinov2, pixels or a TorchScript file")
     try:
         net = torch.jit.load(path, map_location=device).eval()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OSError) as error:
         fail(f"{path} is no TorchScript module ({str(error).splitlines()[0][:80]})")
 
     def script(x):
-        x = x.to(device)
-        if any(argument.name == "return_features" for argument in net.forward.schema.arguments):
-            return net(x, return_features=True).cpu(), net(x).cpu()  # NVIDIA's Inception-v3
-        return net(x).flatten(1).cpu(), None
+        x, known = x.to(device), [argument.name for argument in net.forward.schema.arguments]
+        if "return_features" not in known:
+            return net(x).flatten(1).cpu(), None
+        plain = dict(no_output_bias=True) if "no_output_bias" in known else {}  # as the score is defined
+        return net(x, return_features=True).cpu(), net(x, **plain).cpu()        # NVIDIA's Inception-v3
     return script
 
 
@@ -247,17 +253,20 @@ def reference(args, cfg, features):
     moments; else class folders, a zip, or the run's own data, whose statistics are kept in data/cache."""
     path, file = args.reference or "", {}
     if path.endswith(".pkl"):
-        table, name = common.read_pickle(path), dict(inception="fid", dinov2="fd_dinov2").get(args.features)
-        if name not in table:
-            fail(f"--reference {path} holds {', '.join(map(str, table))}: not for --features {args.features}")
-        return table[name]["mu"], table[name]["sigma"], None
+        file, name = common.read_pickle(path), dict(inception="fid", dinov2="fd_dinov2").get(args.features)
+        if not isinstance(file, dict) or name not in file:
+            held = ", ".join(map(str, file)) if isinstance(file, dict) else "no table"
+            fail(f"--reference {path} holds {held}: not for --features {args.features}")
+        return *read_moments(file[name], path), None
     if path.endswith(".npz"):
         file = read_npz(path)
         if "mu" in file and "arr_0" not in file and args.features == "inception":
-            return file["mu"], file["sigma"], None
+            return *read_moments(file, path), None
         if "arr_0" not in file:
             fail(f"--reference {path} holds no images, and moments are good for --features inception alone")
-        images = file["arr_0"].transpose(0, 3, 1, 2)
+        images = adm_samples(file, path)
+        if images.ndim == 2:
+            fail(f"--reference {path} holds points, not images")
     else:
         if not path and (not cfg or cfg.dataset == "imagenet512"):
             fail("samples and latents need --reference: class folders, a zip, or a file of statistics")
@@ -281,7 +290,17 @@ def reference(args, cfg, features):
         common.barrier()
     table = read_npz(cache)
     moments = file if "mu" in file and args.features == "inception" else table
-    return moments["mu"], moments["sigma"], torch.from_numpy(table["features"])
+    return *read_moments(moments, path), torch.from_numpy(table["features"])
+
+
+def read_moments(table, path):
+    """mu (d,) and sigma (d, d) of a table of EDM, EDM2, ADM or our own."""
+    try:
+        mu, sigma = np.asarray(table["mu"], np.float64), np.asarray(table["sigma"], np.float64)
+        assert sigma.shape == 2 * mu.shape
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        fail(f"--reference {path} holds no mean (mu) and covariance (sigma) of features ({error!r})")
+    return mu, sigma
 
 
 def pictures(moments, some, probabilities, ref):
@@ -303,7 +322,7 @@ def text_scores(args, device):
                        for kind in (CLIPModel, CLIPProcessor))
     clip.to(device).eval()
     path = Path(args.aesthetic or "data/sac+logos+ava1-l14-linearMSE.pth")
-    if not path.exists():
+    if not args.aesthetic:
         common.download(AESTHETIC, path)
     try:
         state = torch.load(path, map_location=device, weights_only=True)
@@ -327,6 +346,8 @@ def evaluate(path, nfes, args, tools, device):
     """Rows of the table and pictures of a run, {(run, NFE): (row, picture)}; filled on rank 0 alone."""
     columns, cfg, draw = open_run(path, tools.prompts, device)
     n, results = min(columns.pop("n", args.samples), len(tools.prompts or range(args.samples))), {}
+    if n < 2:
+        fail(f"{path}: {n} samples have no spread to measure: at least 2 are needed")
     for nfe in nfes if cfg else ("",):
         moments, held, seen = Moments(), [], 0
         for lo, hi in rounds(n, args.batch, f"{path}, {nfe} NFE"):
@@ -342,13 +363,14 @@ def evaluate(path, nfes, args, tools, device):
             held.append((x, noise, y, f, p, score))
             seen += args.batch * WORLD
         x, noise, y, f, p, score = join(held)
-        key = args.reference or cfg and (cfg.dataset, cfg.data, cfg.image_size)
+        if args.write and RANK == 0:
+            common.write_npz(Path(args.out, f"{title(path, args.runs).replace('/', '-')}-{nfe}nfe.npz"), x, y)
+        size = args.image_size or getattr(cfg, "image_size", 0)
+        key = args.reference or cfg and (cfg.dataset, cfg.data), size
         if x.ndim == 4 and key not in tools.references:
             tools.references[key] = reference(args, cfg, tools.features)
         if RANK:
             continue
-        if args.write:
-            common.write_npz(Path(args.out, f"{title(path, args.runs).replace('/', '-')}-{nfe}nfe.npz"), x, y)
         row = points(x, noise, y, nfe, cfg) if x.ndim == 2 else pictures(moments, f, p, tools.references[key])
         if score is not None:
             row |= dict(zip(("clip_score", "aesthetic_score"), score.double().mean(0).tolist()))
@@ -446,6 +468,8 @@ def parse_args(argv):
         fail("--samples must be at least 2, --nfe, --batch, --seeds and --jobs at least 1")
     if bool(args.runs) == bool(args.toy) or args.toy and WORLD > 1:
         fail("give the run folders to compare, or --toy STEPS (with --jobs, not under torchrun)")
+    if args.reference and not Path(args.reference).exists():
+        fail(f"there is no --reference {args.reference}")
     first = Path((args.runs or ["out/toy"])[0])
     args.out = args.out or str(first.parent if first.suffix else first)
     return args
@@ -453,9 +477,9 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
+    device = common.start_processes("gloo")
+    for path in args.runs:  # a typo is found before hours of sampling
+        read_npz(path) if path.endswith(".npz") else common.read_checkpoint(path)
     tools = SimpleNamespace(features=feature_network(args.features, args.weights, device), references={},
                             prompts=read_prompts(args.prompts), scores=None)
     tools.scores = text_scores(args, device) if tools.prompts else None

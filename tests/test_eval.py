@@ -192,6 +192,15 @@ def test_statistics_are_cached_by_content(pictures):
     assert len(list(Path("data/cache").glob("features-*.npz"))) == 2
 
 
+def test_a_reference_is_read_at_each_runs_size(pictures, train):
+    """--reference is resized to the run's images: the figure of one run does not depend on the others."""
+    train("--dataset", "folder", "--data", pictures, "--image_size", 16, "--channels", 8, "--blocks", 1, "--batch", 8,
+          "--steps", 1, "--mode", "sct", "--out", "large")
+    flags = ["--reference", pictures, "--features", "features.pt", "--samples", 20, "--nfe", 1]
+    alone, (_, after) = rows("large", *flags), rows("pictures-run", "large", *flags)
+    assert alone[0]["frechet_distance"] == after["frechet_distance"]
+
+
 def test_reference_formats(pictures):
     """EDM's .npz, EDM2's .pkl and ADM's .npz (images and moments) give the distance that the images give."""
     flags = ["pictures-run", "--samples", 30, "--nfe", 1, "--features", "inception", "--weights", "features.pt"]
@@ -227,13 +236,18 @@ def test_hostile_pickle_runs_nothing(pictures, capsys):
     (["pictures-run", "--reference", "broken.npz"], "cannot read"),
     (["pictures-run", "--features", "dinov2", "--weights", "/no/such"], "huggingface.co"),
     (["points.npz", "--prompts", "nowhere"], "--prompts"), (["points.npz"], "points from a file"), (["images.npz"], "--reference"),
-    (["pictures-run", "--features", "notes.txt"], "TorchScript"), (["odd.npz"], "no samples")])
+    (["pictures-run", "--features", "notes.txt"], "TorchScript"), (["odd.npz"], "no samples"),
+    (["pictures-run", "--features", "."], "TorchScript"), (["one.npz"], "at least 2"), (["pictures-run", "nowhere"], "nowhere"),
+    (["pictures-run", "--reference", "odd.npz"], "no samples"), (["pictures-run", "--reference", "nowhere.npz"], "nowhere.npz"),
+    (["pictures-run", "--features", "inception", "--weights", "features.pt", "--reference", "mu.npz"], "sigma")])
 def test_bad_input_is_one_line(pictures, flags, word, capsys):
     """Exit code 2, and a line that says what is wrong."""
     Path("broken.npz").write_bytes(b"PK nothing")
     Path("notes.txt").write_text("no network")
     np.savez("odd.npz", arr_0=np.zeros((3, 4, 4)))
     np.savez("points.npz", arr_0=np.zeros((3, 2)))
+    np.savez("one.npz", arr_0=np.zeros((1, 2)))
+    np.savez("mu.npz", mu=np.zeros(3))
     np.savez("images.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:

@@ -9,6 +9,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -168,6 +169,34 @@ def test_edm2s_zip_of_latents():
     assert common.latent_space(data.cfg, "cpu")[2].flatten().tolist() == pytest.approx([5.81, 3.25, 0.12, -2.15])
 
 
+@pytest.mark.parametrize("flags, word", [
+    (("--batch", "-1"), "--batch"), (("--image_size", "0"), "--image_size"), (("--src", "nowhere"), "--src nowhere"),
+    (("--out", "/proc/latents"), "/proc/latents")])
+def test_encoding_refuses_bad_flags(folder, vae, flags, word, capsys):
+    with pytest.raises(SystemExit) as error:
+        encode(folder, "--out", "bad", *flags)
+    assert error.value.code == 2 and word in capsys.readouterr().err and not Path("bad").exists()
+
+
+def test_damaged_latents_are_refused(folder, vae, capsys):
+    """Truncated; of a size that the network cannot halve; without the labels that it is to know."""
+    encode(folder, "--out", "latents")
+    whole = Path("latents/moments.npy").read_bytes()
+    Path("latents/moments.npy").write_bytes(whole[:-100])
+    with zipfile.ZipFile("plain.zip", "w") as archive:
+        buffer = io.BytesIO()
+        np.save(buffer, np.zeros((8, 4, 4), np.float32))
+        archive.writestr("0.npy", buffer.getvalue())
+    for data, word in (("latents", "damaged"), ("plain.zip", "labels")):
+        with pytest.raises(SystemExit):
+            latents(data)
+        assert word in capsys.readouterr().err
+    Path("latents/moments.npy").write_bytes(whole)
+    with pytest.raises(SystemExit):
+        latents("latents", channel_mult=(1,) * 6)
+    assert "halved" in capsys.readouterr().err
+
+
 def test_encoding_goes_on_after_a_kill(folder, vae, monkeypatch, capsys):
     """What is done is not done again, also with two processes; unfinished latents are not read."""
     encode(folder, "--out", "whole")
@@ -210,12 +239,31 @@ def test_checkpointing_changes_no_gradient(arch):
     assert all(torch.equal(a, b) for a, b in zip(*grads)) and len(grads[0]) == len(grads[1]) > 10
 
 
-def test_compiled_passes_learn_the_same(train, folder):
-    """--compile leaves the weights after three steps alone, to float tolerance: dropout masks, too."""
-    flags = ["--dataset", "folder", "--data", folder, "--channels", 8, "--blocks", 1, "--batch", 8, "--steps", 3,
-             "--mode", "sct", "--dropout", 0.3]
-    a, b = train(*flags, "--out", "a"), train(*flags, "--out", "b", "--compile")
-    assert all(torch.allclose(a["net"][k], b["net"][k], atol=1e-4) for k in a["net"])
+def test_compiled_passes_are_the_eager_ones():
+    """--compile: one graph, and output and gradient of the eager network, dropout masks included."""
+    net = common.build(dict(shape=(3, 8, 8), classes=3, channels=8, channel_mult=(1,), blocks=1, dropout=0.3))
+    torch.nn.init.ones_(net.out_gain)
+    x, t, y, gen = torch.randn(4, 3, 8, 8), torch.rand(4), torch.arange(4) - 1, common.Draw(0, 0, 0, 4)
+    assert torch._dynamo.explain(net)(x, t, y).graph_break_count == 0
+    torch._dynamo.reset()
+    results = []
+    for f in (net, common.Run.wrap(SimpleNamespace(cfg=SimpleNamespace(compile=True)), net)):
+        net.zero_grad()
+        gen.same_dropout()
+        F = f(x, t, y)
+        F.square().mean().backward()
+        results.append([F.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
+    for eager, compiled in zip(*results):
+        assert torch.allclose(eager, compiled, atol=1e-5 * eager.abs().max())
+
+
+def test_a_compiled_run_starts_as_the_eager_one(train, folder):
+    """Loss and gradient norm of the first step."""
+    flags = ["--dataset", "folder", "--data", folder, "--channels", 8, "--blocks", 1, "--batch", 8, "--steps", 1,
+             "--log_every", 1, "--mode", "sct", "--dropout", 0.3, "--channel_mult", "1"]
+    train(*flags, "--out", "a"), train(*flags, "--out", "b", "--compile")
+    a, b = (json.loads(Path(out, "log.jsonl").read_text()) for out in "ab")
+    assert [a[k] for k in ("loss", "mse", "grad_norm")] == pytest.approx([b[k] for k in ("loss", "mse", "grad_norm")], rel=1e-4)
 
 
 def test_dry_run_allocates_nothing_and_checks(folder, capsys):

@@ -366,3 +366,20 @@ def test_diffusers_unet_predicts_its_noise(train, folder):
     ckpt = train("--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 1, "--channels", 8, "--teacher", "ddpm",
                  "--out", "cd", script=cm)
     assert ckpt["step"] == 1
+
+
+@pytest.mark.parametrize("options, lost, word", [
+    (dict(num_class_embeds=10), "", "labels"), (dict(out_channels=6), "", "variances"),
+    ({}, "diffusion_pytorch_model.safetensors", "complete"), ({}, "scheduler_config.json", "complete")])
+def test_other_diffusers_unets_are_refused_in_one_line(options, lost, word, capsys):
+    """Conditional ones, those that predict variances, and folders that lack a file."""
+    net = diffusers.UNet2DModel(sample_size=8, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8,
+                                down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2, **options)
+    net.save_pretrained("other")
+    diffusers.DDPMScheduler(1000).save_pretrained("other")
+    if lost:
+        Path("other", lost).unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        common.Diffusers("other", 0.5)
+    assert word in capsys.readouterr().err.strip().splitlines()[-1]
