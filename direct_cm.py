@@ -470,6 +470,8 @@ def main(argv=None):
         common.fail("--hops goes with one student: add --mode cm")
     if cfg.dataset == "sdxl" and not (cfg.pretrained and (cfg.data or cfg.sample)):
         common.fail("--dataset sdxl needs --pretrained PATH_OR_HUB_ID and --data FOLDER")
+    if cfg.dry_run and cfg.pretrained:
+        common.fail("--dry_run knows no SDXL")
     if cfg.sample and cfg.pretrained:
         prompts = [cfg.prompt or common.fail("--sample of an SDXL run needs --prompt TEXT")] * cfg.sample
         images, path = painter(cfg, prompts)(cfg.nfe, 0, cfg.sample)[0], cfg.save or f"{cfg.out}/samples.png"
@@ -478,7 +480,7 @@ def main(argv=None):
     elif cfg.sample:
         common.write_samples(cfg, sample)
     elif cfg.dry_run:
-        common.fail("--dry_run knows no SDXL") if cfg.pretrained else common.dry_run(cfg)
+        common.dry_run(cfg)
     elif not cfg.teacher and not cfg.pretrained:
         common.fail("the students distill a teacher: give --teacher RUN (or exact, for gmm)")
     else:  # the same seed, so the same weights, data, times and noise

@@ -144,7 +144,7 @@ for name, sizes in TEACHERS.items():
 
 
 # --------------------------------------------------------------------------------- process: times and noise
-def sample_t(gen, cfg):
+def times(gen, cfg):
     """Log-normal proposal: sigma_d tan(t) = e^tau, tau ~ N(P_mean, P_std^2); (B,) float64."""
     tau = cfg.P_mean + cfg.P_std * gen.normal(dtype=torch.float64)
     return torch.atan(tau.exp() / cfg.sigma_d)
@@ -161,14 +161,14 @@ def diffuse(x0, t, gen, cfg):
     return cos * x0 + sin * z, cos * z - sin * x0
 
 
-def sample_neighbours(gen, cfg):
+def neighbours(gen, cfg):
     """Neighbours t > s on EDM's grid of N intervals, t_0 = 0, by the proposal's mass between (App. E)."""
     sigma = common.karras(cfg.intervals + 1).flip(0)                       # ascending, (N + 1,)
     mass = torch.erf((sigma.log() - cfg.P_mean) / (math.sqrt(2) * cfg.P_std)).diff().cumsum(0)
     i = torch.searchsorted(mass.to(gen.device), gen.uniform() * mass[-1])  # 0..N-1
-    times = torch.atan(sigma / cfg.sigma_d).to(gen.device)
-    times[0] = 0
-    return times[i + 1], times[i]
+    grid = torch.atan(sigma / cfg.sigma_d).to(gen.device)
+    grid[0] = 0
+    return grid[i + 1], grid[i]
 
 
 # ----------------------------------------------------------------------------------- consistency function f
@@ -187,7 +187,7 @@ def weighted(error, w):
 
 def diffusion(net, target, teacher, x0, y, step, cfg, gen):
     """Eq. 4 with adaptive weighting; F and v_t / sigma_d have unit variance, so the prior weight is 1."""
-    t = sample_t(gen, cfg)
+    t = times(gen, cfg)
     x_t, v_t = diffuse(x0, t, gen, cfg)
     gen.same_dropout()
     F, w = net(x_t / cfg.sigma_d, t, y, return_w=True)
@@ -247,7 +247,7 @@ def consistency(net, x_t, t, y, scale, F_minus, g, cfg, gen):
 
 def scd(net, target, teacher, x0, y, step, cfg, gen):
     """Consistency distillation: dx_t/dt from the teacher."""
-    t = sample_t(gen, cfg)
+    t = times(gen, cfg)
     x_t, _ = diffuse(x0, t, gen, cfg)
     scale = 1 + (cfg.guidance_max - 1) * gen.uniform() if cfg.guidance_max > 1 else None
     dxdt = velocity(teacher, x_t, t, y, scale, cfg)
@@ -257,7 +257,7 @@ def scd(net, target, teacher, x0, y, step, cfg, gen):
 
 def sct(net, target, teacher, x0, y, step, cfg, gen):
     """Consistency training: dx_t/dt is v_t, whose mean given x_t is the PF-ODE's."""
-    t = sample_t(gen, cfg)
+    t = times(gen, cfg)
     x_t, v_t = diffuse(x0, t, gen, cfg)
     F_minus, g = tangent(target, x_t, t, y, None, v_t, step, cfg, gen)
     return consistency(net, x_t, t, y, None, F_minus, g, cfg, gen)
@@ -265,7 +265,7 @@ def sct(net, target, teacher, x0, y, step, cfg, gen):
 
 def dscd(net, target, teacher, x0, y, step, cfg, gen):
     """Distillation between neighbours of a grid of N intervals, the discrete-time twin of scd (App. E)."""
-    t, s = sample_neighbours(gen, cfg)
+    t, s = neighbours(gen, cfg)
     x_t, _ = diffuse(x0, t, gen, cfg)
     scale = 1 + (cfg.guidance_max - 1) * gen.uniform() if cfg.guidance_max > 1 else None
     dxdt = velocity(teacher, x_t, t, y, scale, cfg)

@@ -154,7 +154,7 @@ def test_decoding_undoes_the_normalization(vae):
         assert (found - expected).abs().max() <= 1
 
 
-def test_edm2s_zip_of_latents():
+def test_edm2s_zip_of_latents(vae):
     """float32 (8, h, w) .npy and dataset.json; normalized by EDM2's own numbers."""
     rows = np.random.default_rng(0).normal(size=(6, 8, 4, 4)).astype(np.float32)
     with zipfile.ZipFile("edm2.zip", "w") as archive:

@@ -31,7 +31,7 @@ def test_f_is_the_identity_at_zero(nets, options):
 
 def test_proposal_is_log_normal():
     cfg = config()
-    log_sigma = (cfg.sigma_d * scm.sample_t(draw(100_000), cfg).tan()).log()
+    log_sigma = (cfg.sigma_d * scm.times(draw(100_000), cfg).tan()).log()
     assert log_sigma.mean() == pytest.approx(cfg.P_mean, abs=0.02)
     assert log_sigma.std() == pytest.approx(cfg.P_std, abs=0.02)
 
@@ -79,7 +79,7 @@ def test_discrete_tangent_is_the_difference_of_f(ring):
 def test_neighbours_follow_the_proposal():
     """t, t' are neighbours on EDM's grid, the last t' is 0, and t's frequencies match the log-normal's mass."""
     cfg = config(intervals=8)
-    t, s = scm.sample_neighbours(draw(50_000), cfg)
+    t, s = scm.neighbours(draw(50_000), cfg)
     grid = [0.0] + [math.atan(v / cfg.sigma_d) for v in common.karras(9).flip(0)[1:].tolist()]
     below = {round(b, 9): round(a, 9) for a, b in zip(grid, grid[1:])}
     assert all(below[round(a, 9)] == round(b, 9) for a, b in zip(t.tolist()[:500], s.tolist()[:500]))

@@ -10,7 +10,7 @@ import common
 
 ROOT = Path(common.__file__).parent
 SCRIPTS = [p for p in ("cm", "direct_cm", "multistep_cm", "sct", "scm") if (ROOT / f"{p}.py").exists()]
-BUDGET = dict(cm=432, multistep_cm=415, sct=371, scm=365, direct_cm=500, common=1827, eval=512)
+BUDGET = dict(cm=432, multistep_cm=415, sct=371, scm=365, direct_cm=502, common=1827, eval=512)
 BANNERS = ["imports", "Config", "PRESETS", "process: times and noise", "consistency function f", "loss", "sampler",
            "train", "main"]
 
