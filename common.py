@@ -1,20 +1,30 @@
-"""What the five scripts share: config, data, networks, schedules and solvers, JVP, and the run's mechanics.
+"""What the five scripts share.
 
-One convention for every network and every teacher, TrigFlow's (sCM, Sec. 3):
+    1. TrigFlow, schedules, solvers     the coordinates of every network, noise levels, steps of the ODE
+    2. JVP and attention                the derivative of a network along a direction, in one pass
+    3. networks                         an MLP for points; for images one U-Net with EDM2's or DDPM++'s blocks
+    4. data                             random numbers, mixtures of Gaussians, images and latents on disk
+    5. config                           the shared flags, the presets of the datasets, the command line
+    6. run                              processes, checkpoints, teachers, optimizer, averages, the log
+    7. samples                          pictures, distances, the report at the end of training
+    8. other projects' files            teachers from EDM, EDM2 and diffusers
 
-    F = net(x, t, y)     x = x_t / sigma_d  (B, ...)   unit variance
-                         t                  (B,)       angle in radians, 0 = data, pi/2 = noise
-                         y                  (B,)       int64 class labels, -1 = no label; or None
+Whoever reads a method needs sections 1 and 2 alone, the first 200 lines. The rest is machinery.
+
+One convention holds for every network and every teacher, that of TrigFlow (sCM, Sec. 3):
+
+    F = net(x, t, y)     x = x_t / sigma_d  (B, ...)   the noisy sample, scaled to unit variance
+                         t                  (B,)       an angle in radians: 0 is data, pi/2 is noise
+                         y                  (B,)       int64 class labels, -1 for no label; or None
     x_t = cos(t) x_0 + sin(t) z,  z ~ N(0, sigma_d^2 I)       F predicts (cos(t) z - sin(t) x_0) / sigma_d
 
-The other processes are the same curve in other coordinates (`to_trigflow`), so a teacher is anything with
-this signature: a checkpoint of ours, or the exact one of a `Mixture` of Gaussians.
+Other papers use the same curve in other coordinates, which `to_trigflow` converts. So a teacher is anything
+that can be called like this: a run of ours, another project's network, or the exact teacher of a `Mixture`.
 """
 import argparse
 import contextlib
-import csv
-import datetime
 import dataclasses
+import datetime
 import functools
 import hashlib
 import inspect
@@ -24,1091 +34,123 @@ import math
 import os
 import pickle
 import re
+import shutil
+import signal
 import sys
 import tarfile
 import time
-import typing
 import urllib.request
 import zipfile
-import zlib
 from pathlib import Path
+from typing import Literal, get_args
+
+
+def last_words(kind, error, trace):
+    """Ctrl-C and a lack of memory end in one line. Every other exception is a bug and keeps its traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        saved = "Run" in globals() and Run.saved
+        hint = f"; --resume goes on from the checkpoint in {saved}" if saved else ""
+        print(f"\nstopped{hint}", file=sys.stderr)
+    elif issubclass(kind, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        print("\nout of memory: lower --batch, --micro or --channels", file=sys.stderr, flush=True)
+        os._exit(2)  # a hook has no other way to choose the exit code
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = last_words  # before torch is imported, which takes seconds
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as tnf
 import torch.utils.checkpoint
-from torch.autograd import forward_ad
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torch.autograd import forward_ad
 from tqdm import tqdm
 
-torch.backends.cudnn.allow_tf32 = False  # tangents and differences of neighbours need float32's digits
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)  # of --dtype
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+# TF32 keeps 10 bits of each factor. Tangents, and differences between neighbours, need float32's 23.
+torch.backends.cudnn.allow_tf32 = False
 
 
-def fail(message):
-    """End the program with one line on stderr and exit code 2: for every error that a user can cause."""
-    if RANK == 0 or dist.is_initialized():  # before the process group exists all ranks find the same error
-        tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
+# ---------------------------------------------------------------------- 1. TrigFlow, schedules, solvers
 
+def like(v, x):
+    """Reshape v (B,) to (B, 1, ...) in x's dtype, so that it multiplies x (B, ...)."""
+    return v.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
-def interrupted(kind, error, trace):
-    if kind is not KeyboardInterrupt:
-        return sys.__excepthook__(kind, error, trace)
-    tqdm.write("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
 
+def to_trigflow(x, alpha, sigma, sigma_d):
+    """Convert x = alpha x_0 + sigma eps, eps ~ N(0, I), to TrigFlow's (x_t, t) (sCM, App. B).
 
-sys.excepthook = interrupted  # Ctrl-C ends in one line
+    alpha and sigma are (B,); EDM's process has alpha = 1. Nothing is divided by alpha, because it vanishes at
+    the noisy end of a variance-preserving process."""
+    scale = sigma_d / torch.sqrt((alpha * sigma_d) ** 2 + sigma**2)
+    return like(scale, x) * x, torch.atan2(sigma, alpha * sigma_d)
 
-
-# ----------------------------------------------------------------------------------------------- 1. config
-
-NET_FIELDS = ("image_size", "conditional", "arch", "channels", "channel_mult", "blocks", "attention", "emb",
-              "emb_scale", "c_noise", "double_norm", "norm_shift", "sigma_d")
-FIXED = ("dataset", "mode", "label_dropout", "phases", "student_steps", "pd_start", *NET_FIELDS)  # of a run
-ONE_CALL = ("resume", "overwrite", "dry_run", "sample", "nfe", "label", "save")  # a run forgets these
-AT_LEAST_1 = ("steps", "batch", "nfe", "log_every", "save_every", "sample_every", "channels", "blocks",
-              "intervals", "patch", "scales", "scales_start", "d", "phases", "student_steps", "pd_start")
-
-
-def parse_args(Config, presets, modes, argv=None):
-    """Command line -> Config. Later wins: defaults; presets[dataset], [dataset, size], [dataset, mode] and
-    [dataset, size, mode]; the network of --init or --teacher; the stored run (--resume, --sample); flags.
-    Ends the program on anything unknown."""
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    comment = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    script = Path(inspect.getfile(Config)).stem
-    parser = argparse.ArgumentParser(script + ".py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                                     description="modes: " + ", ".join(modes))
-    parser.error, read = fail, {bool: boolean, tuple: numbers}
-    for name, field in fields.items():
-        default = ",".join(map(str, field.default)) if field.type is tuple else field.default
-        choices = typing.get_args(field.type) or None
-        parser.add_argument("--" + name, choices=choices, metavar=name.upper(),
-                            help=f"{comment[name]} [{default}]".replace("%", "%%"),
-                            type=str if choices else read.get(field.type, field.type),
-                            **(dict(nargs="?", const=True) if field.type is bool else {}))
-    flags, unknown = parser.parse_known_args(argv)
-    flags = vars(flags)
-    if unknown:
-        fail(f"unknown argument {unknown[0]}; the flags are --{', --'.join(fields)}")
-    flags["out"] = flags.get("out") or f"out/{script}"
-
-    stored = {}
-    if any(flags.get(name) for name in ("resume", "sample", "edit", "search")):
-        ckpt = read_checkpoint(flags["out"])
-        if ckpt["script"] != script:
-            fail(f"{flags['out']} was written by {ckpt['script']}.py: run that script with it")
-        stored = {k: v for k, v in ckpt["config"].items() if k in fields and k not in ONE_CALL}
-        for name in FIXED:
-            if name in flags and flags[name] != stored.get(name, flags[name]):
-                fail(f"{flags['out']} was trained with --{name} {stored[name]}: that cannot change")
-    choice = {name: (stored | flags).get(name, fields[name].default) for name in ("dataset", "mode", "size")}
-    sizes = {k[1]: 1 for k in presets if type(k) is tuple and k[0] == choice["dataset"] and k[1] not in modes}
-    for name, valid in (("dataset", [d for d in presets if isinstance(d, str)]), ("mode", list(modes)),
-                        ("size", ["", *sizes])):
-        if choice[name] not in valid:
-            known = ", ".join(filter(None, valid)) or "the default"
-            fail(f"unknown {name} {choice[name]!r}; the {name}s are {known}")
-    data, size, mode = choice["dataset"], choice["size"] or "S", choice["mode"]
-    keys = (data, (data, size), (data, mode), (data, size, mode))
-    values = {k: v for key in keys for k, v in presets.get(key, {}).items()}
-    source = init_path(values | flags)
-    if source and not stored:
-        values |= {k: v for k, v in read_checkpoint(source)["config"].items() if k in NET_FIELDS}
-    cfg = Config(**{k: v for k, v in (values | stored | flags).items() if k in fields})
-    check_ranges(cfg, fields)
-    return cfg
-
-
-def check_ranges(cfg, fields):
-    """Ends the program on values that no run can use."""
-    for name, field in fields.items():
-        value, least = getattr(cfg, name), int(name in AT_LEAST_1)
-        if field.type in (int, float) and name not in ("P_mean", "label") and not least <= value < math.inf:
-            fail(f"--{name} must be at least {least}, not {value}")
-    for name, most in (("dropout", 0.99), ("label_dropout", 1), ("lr_cooldown", 1), ("ema_sigma_rel", 0.28),
-                       ("beta2", 0.99999), ("seed", 2**63 - 1)):
-        if getattr(cfg, name) > most:
-            fail(f"--{name} must be at most {most}, not {getattr(cfg, name)}")
-    whole = cfg.channel_mult and all(type(m) is int and m > 0 for m in cfg.channel_mult)
-    if cfg.channels % 2 or not (whole and cfg.sigma_d and (cfg.ema_sigma_rel or cfg.ema_halflife)):
-        fail("--channels must be even, --channel_mult whole numbers, --sigma_d and one of --ema_* above 0")
-    if cfg.batch % (WORLD * (cfg.micro or 1)):
-        fail(f"--batch {cfg.batch} must be a multiple of processes x --micro, {WORLD} x {cfg.micro or 1}")
-    if cfg.save and Path(cfg.save).suffix not in (".png", ".npz"):
-        fail(f"--save takes a .png or a .npz file, not {cfg.save}")
-
-
-def boolean(text):
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
-    return text.lower() in ("true", "1", "yes")
-
-
-def numbers(text):
-    return tuple(int(part) if part.isdigit() else float(part) for part in text.split(",") if part)
-
-
-def init_path(values):
-    """The run that the network starts from: --init, else a teacher that is a run ('' if neither)."""
-    path = values.get("init") or values.get("teacher") or ""
-    return "" if path in ("none", "exact") or is_diffusers(path) else path
-
-
-# ------------------------------------------------------------------------------------------------- 2. data
-
-class Draw:
-    """Random numbers as a function of (seed, step, position in the global batch).
-
-    Rows lo..hi come from blocks of 64 positions with a generator each, so a resumed run, another number of
-    processes or another micro-batch size sees the numbers that the unbroken single process would. (Dropout
-    masks alone depend on the micro-batch as a whole.)
-    """
-    BLOCK = 64
-
-    def __init__(self, seed, step, lo, hi, device="cpu"):
-        first, last = lo // self.BLOCK, (hi - 1) // self.BLOCK
-        self.rows = slice(lo - first * self.BLOCK, hi - first * self.BLOCK)
-        self.device, self.dropout_seed = device, self._mix(seed, step, lo, 1)
-        self.generators = [torch.Generator(device).manual_seed(self._mix(seed, step, block, 0))
-                           for block in range(first, last + 1)]
-
-    @staticmethod
-    def _mix(*numbers):
-        return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-    def _draw(self, function, *shape, **kw):
-        rows = [function(*shape, generator=g, device=self.device, **kw) for g in self.generators]
-        return torch.cat(rows)[self.rows]
-
-    def normal(self, *shape, dtype=torch.float32):
-        """Standard normal, (B, *shape)."""
-        return self._draw(torch.randn, self.BLOCK, *shape, dtype=dtype)
-
-    def uniform(self):
-        """Uniform on [0, 1), (B,) float64."""
-        return self._draw(torch.rand, self.BLOCK, dtype=torch.float64)
-
-    def index(self, high):
-        """Integers in 0..high-1, (B,) int64."""
-        return self._draw(torch.randint, high, (self.BLOCK,))
-
-    def labels(self, y, cfg):
-        """Labels as cfg wants them: None unless conditional, each dropped to -1 with label_dropout."""
-        return torch.where(self.uniform() < cfg.label_dropout, -1, y) if cfg.conditional else None
-
-    def same_dropout(self):
-        """Call before each pass that must use this step's dropout masks."""
-        torch.manual_seed(self.dropout_seed)
-
-
-def dataset(cfg, device="cpu"):
-    """The dataset that cfg names: an object with shape, classes and batch(gen)."""
-    if cfg.dataset in ("gmm", "modes"):
-        return dict(gmm=ring, modes=modes)[cfg.dataset](cfg).to(device)
-    if cfg.dataset == "imagenet512":
-        return Latents(cfg)
-    reader = {"shapes": draw_shapes, "cifar10": read_cifar10}.get(cfg.dataset, read_folder)
-    return Images(cfg, *reader(cfg))
-
-
-class Mixture(nn.Module):
-    """Gaussians around given means, (K, D), in 2-D or 1-D; class = component.
-
-    As a module it is its own exact teacher: F = E[cos(t) z - sin(t) x_0 | x_t] / sigma_d in closed form."""
-
-    def __init__(self, cfg, mean, std):
-        super().__init__()
-        self.cfg, self.sigma_d, self.std = cfg, cfg.sigma_d, std  # std: of a component
-        self.shape, self.classes = tuple(mean.shape[1:]), len(mean)
-        self.register_buffer("mean", mean)
-
-    def batch(self, gen):
-        """x0 (B, D) float32; y (B,) int64, or None unless cfg.conditional."""
-        y = gen.index(self.classes)
-        return self.mean[y].float() + self.std * gen.normal(*self.shape), gen.labels(y, self.cfg)
-
-    def chunks(self, device):
-        """Stands for the training set, which a mixture has not: 4,096 points, the same at every call."""
-        yield self.batch(Draw(self.cfg.seed, 2**33, 0, 4096, device))
-
-    def forward(self, x, t, y=None, scale=None):
-        cos, sin = t.to(x.dtype).cos()[:, None, None], t.to(x.dtype).sin()[:, None, None]
-        variance = (cos * self.std) ** 2 + (sin * self.sigma_d) ** 2            # of x_t within a component
-        delta = (x * self.sigma_d)[:, None] - cos * self.mean.to(x.dtype)       # (B, K, D)
-        logits = -(delta**2).sum(2) / (2 * variance[:, :, 0])
-        if y is not None:                                                       # y = -1 keeps all components
-            other = torch.arange(self.classes, device=x.device) != y[:, None]
-            logits = logits.masked_fill(other & (y >= 0)[:, None], -math.inf)
-        x_0 = self.mean.to(x.dtype) + cos * self.std**2 / variance * delta      # posterior means by component
-        z = sin * self.sigma_d**2 / variance * delta
-        return (logits.softmax(1)[:, :, None] * (cos * z - sin * x_0)).sum(1) / self.sigma_d
-
-
-def ring(cfg):
-    """gmm: eight Gaussians on a ring in 2-D, every coordinate of standard deviation sigma_d."""
-    angle, std = torch.arange(8, dtype=torch.float64) * math.pi / 4, 0.1 * cfg.sigma_d
-    radius = math.sqrt(2 * (cfg.sigma_d**2 - std**2))
-    return Mixture(cfg, radius * torch.stack([angle.cos(), angle.sin()], dim=1), std)
-
-
-def modes(cfg):
-    """modes: two Gaussians in 1-D, of standard deviation sigma_d in all."""
-    std = 0.2 * cfg.sigma_d
-    return Mixture(cfg, math.sqrt(cfg.sigma_d**2 - std**2) * torch.tensor([[-1.0], [1.0]]).double(), std)
-
-
-class Images:
-    """Square RGB images held as uint8 (N, 3, H, W), in memory or memory-mapped; x0 = pixels / 127.5 - 1."""
-
-    def __init__(self, cfg, images, labels):
-        self.cfg, self.images = cfg, images
-        self.shape, self.classes = tuple(images.shape[1:]), int(labels.max()) + 1
-        self.labels = torch.as_tensor(labels, dtype=torch.int64)
-        check_fit(cfg, self)
-
-    def batch(self, gen):
-        """x0 (B, 3, H, W) float32; y (B,) int64, or None unless cfg.conditional."""
-        index = gen.index(len(self.images)).cpu()
-        return self.x0(index.numpy(), gen.device), gen.labels(self.labels[index].to(gen.device), self.cfg)
-
-    def chunks(self, device, size=4096):
-        """The whole training set, `size` images and their labels at a time."""
-        for rows in (slice(lo, lo + size) for lo in range(0, len(self.images), size)):
-            yield self.x0(rows, device), self.labels[rows].to(device)
-
-    def x0(self, rows, device):
-        return torch.from_numpy(np.array(self.images[rows])).to(device).float() / 127.5 - 1
-
-    @staticmethod
-    def to_uint8(x):
-        """(B, 3, H, W) in [-1, 1] -> uint8, rounded."""
-        return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-
-
-def check_fit(cfg, data):
-    """Ends the program if the network that cfg asks for cannot take the data."""
-    halvings = 2 ** (len(cfg.channel_mult) - 1)
-    if data.shape[1] % halvings:
-        fail(f"images of {data.shape[1]} pixels cannot be halved {len(cfg.channel_mult) - 1} times "
-             f"(--channel_mult): --image_size must be a multiple of {halvings}")
-    if cfg.conditional and data.classes < 2:
-        fail(f"--conditional needs labels, and {cfg.data or cfg.dataset} has none")
-
-
-SPACES = dict(  # of latents: the autoencoder's pixels at 0 and 255, mean and standard deviation by channel
-    scm=(-1, 1, (1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31)),   # sCM, App. G
-    edm2=(0, 1, (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)))      # EDM2 feeds [0, 1]
-
-
-class Latents:
-    """imagenet512: latents of --data, a folder by `python common.py latents` or EDM2's zip. x0 (4, h, w) is
-    drawn anew from the autoencoder's N(mean, std^2), then normalized to standard deviation sigma_d."""
-
-    def __init__(self, cfg):
-        root = Path(cfg.data or fail("--dataset imagenet512 needs --data: python common.py latents makes it"))
-        self.cfg = cfg
-        if root.is_dir():
-            if not (root / "latents.json").exists():
-                fail(f"--data {root} holds no latents, or not all: run python common.py latents --out {root}")
-            try:
-                self.moments = np.load(root / "moments.npy", mmap_mode="r")
-                labels = np.load(root / "labels.npy")
-            except (OSError, ValueError) as error:
-                fail(f"--data {root}: damaged latents ({error}): encode them anew, into another folder")
-        else:
-            names, labels, read = list_images(root, (".npy",))
-            self.moments, self.names, self.read = None, names, read
-        self.labels, self.classes = torch.as_tensor(labels, dtype=torch.int64), int(labels.max()) + 1
-        self.shape = (4, *self.rows([0]).shape[2:])
-        check_fit(cfg, self)
-        if RANK == 0:
-            autoencoder(cfg.vae, torch.device("cpu"))  # pictures need it: better missed now than at the end
-
-    def rows(self, index):
-        """Mean and standard deviation, (B, 8, h, w) float32."""
-        if self.moments is not None:
-            return torch.from_numpy(self.moments[index].astype(np.float32))
-        try:
-            arrays = [np.load(io.BytesIO(self.read(self.names[i])), allow_pickle=False) for i in index]
-            return torch.from_numpy(np.stack(arrays).astype(np.float32))
-        except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            fail(f"--data {self.cfg.data}: not EDM2's latents, float32 (8, h, w) .npy ({error})")
-
-    def batch(self, gen):
-        """x0 (B, 4, h, w) float32; y (B,) int64, or None unless cfg.conditional."""
-        index = gen.index(len(self.labels)).cpu()
-        mean, std = self.rows(index.numpy()).to(gen.device).chunk(2, dim=1)
-        _, _, shift, scale = latent_space(self.cfg, gen.device)
-        x0 = (mean + std * gen.normal(*self.shape) - shift) * (self.cfg.sigma_d / scale)
-        return x0, gen.labels(self.labels[index].to(gen.device), self.cfg)
-
-    def to_uint8(self, x):
-        return to_uint8(x, self.cfg)
-
-
-def latent_space(cfg, device):
-    """The numbers of SPACES: EDM2's for its zip; mean and standard deviation as (4, 1, 1)."""
-    black, white, *moments = SPACES["edm2" if str(cfg.data).endswith(".zip") else "scm"]
-    return black, white, *(torch.tensor(m, device=device).view(4, 1, 1) for m in moments)
-
-
-@functools.cache
-def autoencoder(path, device):
-    from diffusers import AutoencoderKL
-    hub = "stabilityai/sd-vae-ft-mse"
-    try:
-        return AutoencoderKL.from_pretrained(path or hub).to(device).requires_grad_(False)
-    except (OSError, ValueError) as error:
-        fail(f"cannot load the autoencoder {path or hub}: {str(error)[:90]}; download "
-             f"https://huggingface.co/{hub} and give its folder with --vae")
-
-
-@torch.no_grad()
-def to_uint8(x, cfg):
-    """x0 (B, C, h, w) -> pixels (B, 3, H, W) uint8; latents are decoded one by one."""
-    if cfg.dataset != "imagenet512":
-        return Images.to_uint8(x)
-    black, white, shift, scale = latent_space(cfg, x.device)
-    vae, z = autoencoder(cfg.vae, x.device), x.float() * (scale / cfg.sigma_d) + shift
-    pixels = torch.cat([vae.decode(one[None]).sample for one in z])
-    return Images.to_uint8((pixels - black) * (2 / (white - black)) - 1)
-
-
-@torch.no_grad()
-def encode_latents(argv):
-    """python common.py latents: mean and standard deviation of each image's latent as float16, and labels.
-
-    Each process takes every WORLD-th batch; what is done is marked on disk, so a second call goes on, with
-    any number of processes."""
-    parser = argparse.ArgumentParser("common.py latents", description=encode_latents.__doc__.split(":")[0])
-    parser.error = fail
-    parser.add_argument("--src", required=True, help="class subfolders of images, or EDM's zip")
-    parser.add_argument("--out", default="data/imagenet512", help="folder [data/imagenet512]")
-    parser.add_argument("--vae", default="", help="folder or hub id [stabilityai/sd-vae-ft-mse]")
-    parser.add_argument("--image_size", type=int, default=512, help="crop and resize to this [512]")
-    parser.add_argument("--batch", type=int, default=16, help="images at a time [16]")
-    args = parser.parse_args(argv)
-    if args.batch < 1 or args.image_size < 8:
-        fail("--batch must be at least 1, --image_size at least 8")
-    names, labels, read = list_images(args.src, flag="--src")
-    device = start_processes("gloo")
-    vae, out = autoencoder(args.vae, device), Path(args.out)
-
-    def encode(batch):
-        x = np.stack([decode(name, read, args.image_size) for name in batch])
-        latent = vae.encode(torch.from_numpy(x).to(device).float() / 127.5 - 1).latent_dist
-        return torch.cat([latent.mean, latent.std], dim=1).half().cpu().numpy()
-    shape, about = (len(names), *encode(names[:1]).shape[1:]), dict(vars(args), names=len(names))
-    about["sources"] = hashlib.sha1("\n".join(names).encode()).hexdigest()
-    if RANK == 0 and not (out / "about.json").exists():
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            for name, dtype, size in (("moments", np.float16, shape), ("done", np.uint8, shape[:1])):
-                np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, size).flush()
-                with open(out / f"{name}.npy", "r+b") as file:  # a full disk would kill a memory map later
-                    getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, file.seek(0, 2))
-        except OSError as error:
-            fail(f"cannot write {out}: {error}")
-        atomic_write(out / "labels.npy", lambda file: np.save(file, labels))
-        atomic_write(out / "about.json", lambda file: file.write(json.dumps(about).encode()))
-    barrier()
-    before = json.loads((out / "about.json").read_text())
-    if any(before[k] != about[k] for k in ("sources", "vae", "image_size")):
-        fail(f"{out} was begun from other images, --vae or --image_size: choose another --out")
-    moments, done = (np.load(out / f"{name}.npy", mmap_mode="r+") for name in ("moments", "done"))
-    rows = np.arange(len(names))
-    batches = [rows[i:i + args.batch] for i in range(0, len(rows), args.batch)][RANK::WORLD]
-    for batch in tqdm(batches, desc="encode", unit="batch", disable=None if RANK == 0 else True):
-        if not done[batch].all():
-            moments[batch] = encode([names[i] for i in batch])
-            moments.flush()  # before it counts as done
-            done[batch] = 1
-            done.flush()
-    barrier()
-    if not np.load(out / "done.npy").all():
-        fail(f"{out} lacks latents: run this once more")
-    if RANK == 0:
-        atomic_write(out / "latents.json", lambda file: file.write(json.dumps(about).encode()))
-        print(f"wrote {len(names)} latents {shape[1:]} to {out}")
-
-
-def draw_shapes(cfg, count=8000):
-    """Disc, triangle, square or pentagon, warm or cold (8 classes), drawn by Pillow at 4x and reduced."""
-    size, rng = cfg.image_size or 16, np.random.default_rng(0)
-    images, labels = np.empty((count, 3, size, size), np.uint8), rng.integers(8, size=count)
-    for i, label in enumerate(labels):
-        x, y, r = np.array([*rng.uniform(0.35, 0.65, 2), rng.uniform(0.15, 0.3)]) * 4 * size
-        hue = rng.integers(0, 35) if label < 4 else rng.integers(120, 180)
-        picture = Image.new("HSV", (4 * size, 4 * size), (0, 0, int(rng.integers(15, 60))))
-        pen, ink = ImageDraw.Draw(picture), (int(hue), 220, int(rng.integers(160, 256)))
-        if label % 4 == 0:
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=ink)
-        else:
-            pen.regular_polygon((x, y, r), n_sides=int(label % 4) + 2, fill=ink)
-        images[i] = np.asarray(picture.convert("RGB").resize((size, size), Image.BOX)).transpose(2, 0, 1)
-    return images, labels
-
-
-def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp"), flag="--data"):
-    """Names, labels and read(name) -> bytes of class subfolders of images (torchvision's ImageFolder), or of
-    EDM's zip with dataset.json."""
-    root = Path(root)
-    if root.is_dir():
-        names = sorted(str(p.relative_to(root)) for p in root.rglob("*")
-                       if p.suffix.lower() in suffixes and p.is_file())
-        tops = [Path(n).parts[0] if len(Path(n).parts) > 1 else "" for n in names]
-        classes = sorted(set(tops))
-        if "" in classes and len(classes) > 1:
-            fail(f"{flag} {root}: images in class folders and beside them, such as {names[tops.index('')]}")
-        labels, archive = [classes.index(top) for top in tops], None
-    elif zipfile.is_zipfile(root):
-        archive = zipfile.ZipFile(root)
-        names = sorted(n for n in archive.namelist() if n.lower().endswith(suffixes))
-        try:
-            table = json.loads(archive.read("dataset.json")) if "dataset.json" in archive.namelist() else {}
-            table = dict(table.get("labels") or {})
-            labels = [table[n] if table else 0 for n in names]
-            assert all(type(v) is int and 0 <= v < len(names) for v in labels)
-        except Exception as error:
-            fail(f"{flag} {root}: its dataset.json does not give every image a whole number ({error!r})")
-    else:
-        fail(f"{flag} {root}: neither a folder nor a zip file")
-    if not names:
-        fail(f"{flag} {root}: no images ({', '.join(suffixes)}) in it")
-    return names, np.array(labels), archive.read if archive else lambda name: (root / name).read_bytes()
-
-
-def decode(name, read, size):
-    """The image as uint8 (3, H, W), cropped and resized to size, or as it is if that is 0."""
-    try:
-        image = Image.open(io.BytesIO(read(name)))
-        assert image.mode[0] not in "IF", f"{image.mode} pixels, only 8-bit images are read"
-        image = image.convert("RGB")
-    except Exception as error:  # decoders raise many kinds
-        fail(f"cannot read the image {name}: {error}")
-    return np.asarray(centre_crop(image, size) if size else image).transpose(2, 0, 1)
-
-
-def read_folder(cfg):
-    """--data, decoded once and memory-mapped afterwards: training reads rows of one array."""
-    root = Path(cfg.data or fail(f"--dataset {cfg.dataset} needs --data PATH: class subfolders, or a zip"))
-    names, labels, read = list_images(root)
-    files = [(n, (root / n if root.is_dir() else root).stat().st_mtime_ns) for n in names]
-    key = hashlib.sha1(repr((str(root.resolve()), files, cfg.image_size)).encode()).hexdigest()[:16]
-    cache = Path("data/cache", f"{root.stem}-{cfg.image_size}-{key}.npy")
-    if not cache.exists() and RANK == 0:
-        first = decode(names[0], read, cfg.image_size)
-        if first.shape[1] != first.shape[2]:
-            fail(f"{names[0]} is not square: give --image_size to crop and resize")
-        array = np.empty((len(names), *first.shape), np.uint8)
-        for i, name in enumerate(tqdm(names, desc="decode", unit="img", leave=False, disable=None)):
-            image = decode(name, read, cfg.image_size)
-            if image.shape != first.shape:
-                fail(f"{name} and {names[0]} differ in size: give --image_size to crop and resize")
-            array[i] = image
-        atomic_write(cache, lambda file: np.save(file, array))
-    barrier()
-    return np.load(cache, mmap_mode="r"), labels
-
-
-def download(url, path, md5=""):
-    """Rank 0 fetches url into path, unless it is there, and checks it; the others call, too, and wait."""
-    if RANK == 0 and not Path(path).exists():
-        try:
-            with urllib.request.urlopen(url, timeout=60) as response:
-                blob = response.read()
-        except OSError as error:
-            fail(f"cannot download {url} ({error}): fetch it yourself and put it at {path}")
-        if md5 and hashlib.md5(blob).hexdigest() != md5:
-            fail(f"{url} arrived damaged (its MD5 is not {md5}): try again")
-        atomic_write(path, lambda file: file.write(blob))
-    barrier()
-
-
-def centre_crop(image, size):
-    """ADM's crop: box-halve while at least twice too large, bicubic to the shorter side, cut the centre."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def read_captions(cfg):
-    """[(image path, caption)] of --data: metadata.jsonl or .csv (file_name, text), or .txt by image."""
-    root = Path(cfg.data)
-    try:
-        if (root / "metadata.jsonl").exists():
-            rows = map(json.loads, (root / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
-        elif (root / "metadata.csv").exists():
-            rows = csv.DictReader((root / "metadata.csv").read_text(encoding="utf-8").splitlines())
-        else:
-            images = (p for p in root.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-            rows = (dict(file_name=path.relative_to(root), text=path.with_suffix(".txt").read_text("utf-8"))
-                    for path in sorted(images))
-        pairs = [(root / row["file_name"], row["text"].strip()) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"--data {root}: every image needs a caption, in metadata.jsonl or metadata.csv (file_name, "
-             f"text), or in a .txt of its name ({error!r})")
-    return pairs or fail(f"--data {root}: no images with captions in it")
-
-
-def read_image(path, shape, crop=False):
-    """Image file -> (1, C, H, W) in [-1, 1], None for ''; ends the program unless it has the right size, or
-    crops and resizes it."""
-    if not path:
-        return None
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        fail(f"cannot read the image {path}: {error}")
-    if crop:
-        image = centre_crop(image.convert("RGB"), shape[1])
-    if image.size != tuple(shape[2:0:-1]) or image.mode not in ("RGB", "L", "1"):
-        found = f"{image.width}x{image.height} {image.mode}"
-        fail(f"{path} is {found}; the network needs {shape[2]}x{shape[1]} RGB or L")
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-LUMA = torch.tensor([0.2989, 0.5870, 0.1140])
-
-
-def operator(name, shape, mask=None, p=4):
-    """Orthonormal A on images (B, C, H, W), its inverse, and which coefficients of A x the input knows: for
-    inpaint where mask (1, 3, H, W) > 0, for colorize the luma, for superres the means of p x p patches."""
-    def basis(first):  # orthonormal, its first column along `first`
-        columns = torch.eye(len(first))
-        columns[:, 0] = first
-        Q, R = torch.linalg.qr(columns)
-        return Q * R[0, 0].sign()
-    c, h, w = shape
-    if name == "colorize":
-        Q = basis(LUMA)
-        return (lambda x: torch.einsum("bchw,cd->bdhw", x, Q), lambda x: torch.einsum("bdhw,cd->bchw", x, Q),
-                torch.arange(3).view(3, 1, 1) == 0)
-    if name == "superres":
-        Q = basis(torch.ones(p * p))
-        return (lambda x: x.view(-1, c, h // p, p, w // p, p).transpose(3, 4).flatten(4) @ Q,
-                lambda x: (x @ Q.T).unflatten(4, (p, p)).transpose(3, 4).reshape(-1, c, h, w),
-                torch.arange(p * p) == 0)
-    return (lambda x: x), (lambda x: x), mask > 0 if name == "inpaint" else torch.zeros(1, dtype=torch.bool)
-
-
-def read_cifar10(cfg):
-    """CIFAR-10's official binary archive (--data, or downloaded and checked): the 50,000 training images."""
-    url, md5 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
-    path = Path(cfg.data or "data/cifar-10-binary.tar.gz")
-    if not cfg.data:
-        download(url, path, md5)
-    try:
-        with tarfile.open(path) as archive:  # only read, never unpacked
-            files = sorted(n for n in archive.getnames() if re.search(r"data_batch_\d\.bin$", n))
-            rows = np.concatenate([np.frombuffer(archive.extractfile(n).read(), np.uint8) for n in files])
-            rows = rows.reshape(-1, 1 + 3 * 32 * 32)  # label, then R, G, B planes
-            assert rows[:, 0].max() < 10, "labels above 9"
-    except Exception as error:  # damage shows in many ways
-        fail(f"{path} is not CIFAR-10's binary archive, cifar-10-binary.tar.gz ({error})")
-    if cfg.image_size not in (0, 32):
-        fail("--dataset cifar10 is 32 x 32 pixels; for other sizes unpack it and use --dataset folder")
-    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].astype(np.int64)
-
-
-# ------- 3. networks: a small MLP, and EDM2's magnitude-preserving U-Net (Karras et al. 2024) written anew
-
-def pnorm(x, dim=1, eps=1e-4):
-    """Pixel normalization: unit root mean square along dim. The norm is taken in float32 or wider."""
-    size = math.prod([x.shape[d] for d in ([dim] if isinstance(dim, int) else dim)])  # a list: torch.compile
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide) / math.sqrt(size)
-    return x * (1 / (eps + norm)).to(x.dtype)
-
-
-SILU = 1 / 0.596  # gain of the layer after a SiLU, restores unit variance (EDM2, Eq. 81)
-
-
-def mp_sum(a, b, t):
-    """Blend of two unit-variance tensors at unit variance (EDM2, Eq. 88)."""
-    return torch.lerp(a, b, t) / math.hypot(1 - t, t)
-
-
-def mp_cat(a, b):
-    """Concatenation of channels in which both halves weigh the same (EDM2, Eq. 103, t = 1/2)."""
-    na, nb = a.shape[1], b.shape[1]
-    return torch.cat([a * math.sqrt((na + nb) / (2 * na)), b * math.sqrt((na + nb) / (2 * nb))], dim=1)
-
-
-class MPConv(nn.Module):
-    """Convolution, or linear layer if kernel is None, whose weights have unit norm (EDM2, Eq. 47 and 66)."""
-
-    def __init__(self, cin, cout, kernel=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(cout, cin, *([kernel, kernel] if kernel else [])))
-
-    def forward(self, x, gain=1.0):
-        dims = tuple(range(1, self.weight.ndim))
-        weight = pnorm(self.weight, dims) * (gain / math.sqrt(self.weight[0].numel()))
-        weight = weight.to(x.dtype)
-        return x @ weight.t() if weight.ndim == 2 else tnf.conv2d(x, weight, padding=weight.shape[-1] // 2)
-
-
-@torch.no_grad()
-def normalize_weights(net):
-    """EDM2's forced weight normalization (Eq. 66), after each optimizer step: inside a pass it would change
-    what the next pass of the same step computes."""
-    for module in net.modules():
-        if isinstance(module, MPConv):
-            module.weight.copy_(pnorm(module.weight, tuple(range(1, module.weight.ndim))))
-
-
-def dropout(x, p, training):
-    """Dropout that draws the same mask with and without a JVP (see Draw.same_dropout)."""
-    return x * (torch.rand(x.shape, device=x.device) >= p).to(x.dtype) / (1 - p) if training and p else x
-
-
-class Embedding(nn.Module):
-    """Scalar (B,) -> features of unit variance (B, dim), in the dtype of the network's parameters.
-
-    positional: cos and sin at geometric frequencies scale ... scale / 10000. fourier: random frequencies of
-    standard deviation 2 pi scale (EDM2: scale 1). sCM (Sec. 4.1) finds large scales unstable.
-    """
-
-    def __init__(self, kind, dim, scale=1.0):
-        super().__init__()
-        if kind == "positional":
-            freq = (scale * 1e-4 ** (torch.arange(dim // 2) / (dim // 2 - 1))).repeat(2)
-            phase = (torch.arange(dim) >= dim // 2) * math.pi / 2  # cos, then sin
-        else:
-            freq, phase = 2 * math.pi * scale * torch.randn(dim), 2 * math.pi * torch.rand(dim)
-        self.register_buffer("freq", freq)
-        self.register_buffer("phase", phase)
-
-    def forward(self, c):
-        return math.sqrt(2) * torch.cos(c.to(self.freq.dtype)[:, None] * self.freq - self.phase)
-
-
-class Inputs(nn.Module):
-    """What a network is told besides x: the angle t itself (c_noise 't'; sCM, Sec. 4.1), or log(sigma)/4 with
-    sigma = sigma_d tan t, as in EDM ('log'); the label. And the head that learns w(t) (B,)."""
-
-    def __init__(self, sigma_d, c_noise, classes):
-        super().__init__()
-        self.sigma_d, self.c_noise, self.classes = sigma_d, c_noise, classes
-
-    def add_head(self, head):
-        if head:
-            self.head_embed, self.head_linear = Embedding("fourier", 128), MPConv(128, 1)
-            self.head_gain = nn.Parameter(torch.zeros([]))      # 0: w(t) = 0 at the start
-
-    def log_sigma(self, t):
-        return torch.log(self.sigma_d * torch.tan(t.clamp(1e-4, math.pi / 2 - 1e-4))) / 4
-
-    def noise(self, t):
-        return t if self.c_noise == "t" else self.log_sigma(t)
-
-    def onehot(self, t, y, dtype):
-        """(B, classes) of unit variance; y = -1 or None: all zeros."""
-        y = torch.full_like(t, -1, dtype=torch.int64) if y is None else y
-        return tnf.one_hot(y + 1, self.classes + 1)[:, 1:].to(dtype) * math.sqrt(self.classes)
-
-    def weight(self, t):
-        if not hasattr(self, "head_linear"):
-            return torch.zeros_like(t, dtype=next(self.parameters()).dtype)
-        return self.head_linear(self.head_embed(self.log_sigma(t)), self.head_gain)[:, 0]
-
-
-class Conditioning(Inputs):
-    """Time t, label y and guidance scale -> one embedding (B, dim)."""
-
-    def __init__(self, dim, noise_dim, classes, sigma_d, emb, emb_scale, c_noise, guidance, head):
-        super().__init__(sigma_d, c_noise, classes)
-        self.embed, self.linear = Embedding(emb, noise_dim, emb_scale), MPConv(noise_dim, dim)
-        self.label = MPConv(classes, dim) if classes else None
-        if guidance:
-            self.guidance_embed = Embedding("positional", noise_dim, 10.0)
-            self.guidance_linear = MPConv(noise_dim, dim)
-            self.guidance_gain = nn.Parameter(torch.zeros([]))  # 0: starts as the teacher, which knows none
-        self.add_head(head)
-
-    def forward(self, t, y, scale):
-        emb = self.linear(self.embed(self.noise(t)))
-        if self.label is not None:
-            emb = mp_sum(emb, self.label(self.onehot(t, y, emb.dtype)), 0.5)
-        if scale is not None:
-            emb = emb + self.guidance_linear(self.guidance_embed(scale)) * self.guidance_gain
-        return tnf.silu(emb) * SILU
-
-
-class Modulation(nn.Module):
-    """The embedding acts on the channels of x (B, C, ...).
-
-    double_norm: norm(x) * pnorm(s(t)) + pnorm(b(t)), adaptive double normalization (sCM, Sec. 4.1); otherwise
-    EDM2's own x * (1 + s(t)). Without `shift` there is no b(t): EDM2 has none, and the sizes that the paper
-    prints for ImageNet leave no room for one.
-    # DEPARTS: with b(t), over sqrt(2), which keeps the unit variance that EDM2's layers rely on.
-    """
-
-    def __init__(self, dim, channels, double_norm, shift=True):
-        super().__init__()
-        self.double_norm, self.shift = double_norm, double_norm and shift
-        self.linear = MPConv(dim, channels * (2 if self.shift else 1))
-        if not double_norm:
-            self.gain = nn.Parameter(torch.zeros([]))
-
-    def forward(self, x, emb):
-        shape = (len(x), -1) + (1,) * (x.ndim - 2)
-        if not self.double_norm:
-            return x * (1 + self.linear(emb, self.gain)).view(shape).to(x.dtype)
-        if not self.shift:
-            return pnorm(x) * pnorm(self.linear(emb)).view(shape).to(x.dtype)
-        scale, shift = (pnorm(v) / math.sqrt(2) for v in self.linear(emb).chunk(2, dim=1))
-        return pnorm(x) * scale.view(shape).to(x.dtype) + shift.view(shape).to(x.dtype)
-
-
-class MLP(nn.Module):
-    """Residual MLP for vectors: F (B, D) = net(x (B, D), t (B,), y (B,)); scale (B,) is that of guidance.
-
-    With return_w it also returns the weighting head's w(t) (B,), as does UNet."""
-
-    def __init__(self, shape, classes=0, channels=128, blocks=4, sigma_d=0.5, emb="positional",
-                 emb_scale=10.0, c_noise="t", double_norm=True, guidance=False, head=True, **image_options):
-        super().__init__()
-        self.cond = Conditioning(channels, 64, classes, sigma_d, emb, emb_scale, c_noise, guidance, head)
-        self.double_norm, self.blocks = double_norm, blocks
-        self.first, self.last = nn.Linear(shape[0], channels), nn.Linear(channels, shape[0])
-        self.inner = nn.ModuleList(nn.Linear(channels, channels) for _ in range(blocks))
-        self.modulate = nn.Linear(channels, 2 * blocks * channels)
-        self.outer = nn.ModuleList(nn.Linear(channels, channels) for _ in range(blocks))
-
-    def forward(self, x, t, y=None, scale=None, return_w=False):
-        emb = self.cond(t, y, scale)
-        h = self.first(x.to(emb.dtype))
-        scale, shift = self.modulate(emb).view(len(x), 2, self.blocks, -1).unbind(1)  # (B, blocks, channels)
-        scale, shift = (pnorm(scale, 2), pnorm(shift, 2)) if self.double_norm else (1 + scale, shift)
-        for i, (inner, outer) in enumerate(zip(self.inner, self.outer)):
-            h = h + outer(tnf.silu(pnorm(inner(h)) * scale[:, i] + shift[:, i]))
-        F = self.last(h)
-        return (F, self.cond.weight(t)) if return_w else F
-
-
-class Block(nn.Module):
-    """EDM2's residual block (config G): encoder blocks normalize their input, decoder blocks do not."""
-
-    def __init__(self, cin, cout, dim, encoder, attention, resample, dropout, double_norm, norm_shift):
-        super().__init__()
-        self.encoder, self.resample, self.dropout, self.heads = encoder, resample, dropout, max(cout // 64, 1)
-        if attention and cout % self.heads:
-            fail(f"attention at {cout} channels: above 64 they must be a multiple of 64 (--channels)")
-        self.skip = MPConv(cin, cout, 1) if cin != cout else None
-        self.conv0, self.conv1 = MPConv(cout if encoder else cin, cout, 3), MPConv(cout, cout, 3)
-        self.modulate = Modulation(dim, cout, double_norm, norm_shift)
-        if attention:
-            self.qkv, self.proj = MPConv(cout, 3 * cout, 1), MPConv(cout, cout, 1)
-
-    def forward(self, x, emb):
-        if self.resample == "down":
-            x = tnf.avg_pool2d(x, 2)
-        elif self.resample == "up":
-            x = tnf.interpolate(x, scale_factor=2, mode="nearest")
-        if self.encoder:
-            x = pnorm(self.skip(x) if self.skip else x)
-        y = self.modulate(self.conv0(tnf.silu(x), SILU), emb)
-        y = self.conv1(dropout(tnf.silu(y), self.dropout, self.training), SILU)
-        if not self.encoder and self.skip:
-            x = self.skip(x)
-        x = mp_sum(x, y, 0.3)
-        if hasattr(self, "qkv"):
-            b, c, height, width = x.shape
-            qkv = self.qkv(x).view(b, self.heads, c // self.heads, 3, height * width).transpose(2, 4)
-            q, k, v = pnorm(qkv, dim=4).unbind(3)                     # (B, heads, H W, channels)
-            x = mp_sum(x, self.proj(attention(q, k, v).transpose(2, 3).reshape(b, c, height, width)), 0.3)
-        return x.clamp(-256, 256) if x.dtype == torch.float16 else x  # DEPARTS: EDM2 clips in float32, too
-
-
-def run_block(net, block, x, emb):
-    """With --checkpointing the backward pass computes the inside of a block once more."""
-    if net.checkpointing and torch.is_grad_enabled():
-        return torch.utils.checkpoint.checkpoint(block, x, emb, use_reentrant=False)
-    return block(x, emb)
-
-
-class UNet(nn.Module):
-    """EDM2's U-Net: F (B, C, H, W) = net(x (B, C, H, W), t (B,), y (B,)); scale (B,) is that of guidance.
-
-    The torso runs in `dtype`; parameters, embeddings and the output are float32 (float64 after .double()).
-    attention lists the resolutions with self-attention. Dropout acts at 16 pixels and below, as in sCM's
-    ImageNet runs, and everywhere if the image has at most 32, as in the papers' CIFAR-10 runs.
-    """
-
-    def __init__(self, shape, classes=0, channels=64, channel_mult=(1, 2), blocks=2, attention=(8,),
-                 dropout=0.0, sigma_d=0.5, emb="positional", emb_scale=1.0, c_noise="t", double_norm=True,
-                 norm_shift=True, guidance=False, head=True, dtype="fp32"):
-        super().__init__()
-        self.dtype, self.checkpointing = DTYPES[dtype] if dtype != "fp32" else None, False
-        widths, dim = [channels * m for m in channel_mult], channels * max(channel_mult)
-        self.cond = Conditioning(dim, channels, classes, sigma_d, emb, emb_scale, c_noise, guidance, head)
-
-        def block(res, cin, cout, encoder, attend, resample=""):
-            rate = dropout if res <= 16 or shape[1] <= 32 else 0.0
-            return Block(cin, cout, dim, encoder, attend, resample, rate, double_norm, norm_shift)
-
-        res, width = shape[1], widths[0]
-        self.first = MPConv(shape[0] + 1, width, 3)  # + a channel of ones, in place of biases
-        self.enc, skips = nn.ModuleList(), [width]
-        for level, next_width in enumerate(widths):
-            if level:
-                res //= 2
-                self.enc.append(block(res, width, width, True, False, "down"))
-                skips.append(width)
-            for _ in range(blocks):
-                self.enc.append(block(res, width, next_width, True, res in attention))
-                width = next_width
-                skips.append(width)
-        self.mid = nn.ModuleList(block(res, width, width, False, attend) for attend in (True, False))
-        self.dec = nn.ModuleList()
-        for level, next_width in reversed(list(enumerate(widths))):
-            for _ in range(blocks + 1):
-                self.dec.append(block(res, width + skips.pop(), next_width, False, res in attention))
-                width = next_width
-            if level:
-                res *= 2
-                self.dec.append(block(res, width, width, False, False, "up"))
-        self.last, self.out_gain = MPConv(width, shape[0], 3), nn.Parameter(torch.zeros([]))
-
-    def forward(self, x, t, y=None, scale=None, return_w=False):
-        emb = self.cond(t, y, scale)
-        x = x.to(self.dtype or emb.dtype, memory_format=torch.channels_last)
-        x = self.first(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
-        skips = [x]
-        for block in self.enc:
-            x = run_block(self, block, x, emb)
-            skips.append(x)
-        for block in self.mid:
-            x = run_block(self, block, x, emb)
-        for block in self.dec:
-            x = run_block(self, block, x if block.resample else mp_cat(x, skips.pop()), emb)
-        F = self.last(x, self.out_gain).to(emb.dtype)
-        return (F, self.cond.weight(t)) if return_w else F
-
-
-class DDPMppEmbedding(Inputs):
-    """As Conditioning, for DDPM++; c_noise comes in sines first, then cosines."""
-
-    def __init__(self, channels, classes, sigma_d, c_noise, emb_scale, head):
-        super().__init__(sigma_d, c_noise, classes)
-        self.half, self.scale = channels // 2, emb_scale
-        self.map_label = nn.Linear(classes, channels) if classes else None
-        self.map_layer0 = nn.Linear(channels, 4 * channels)
-        self.map_layer1 = nn.Linear(4 * channels, 4 * channels)
-        self.add_head(head)
-
-    def forward(self, t, y):
-        dtype = self.map_layer0.weight.dtype
-        freq = self.scale * 1e-4 ** (torch.arange(self.half, device=t.device) / (self.half - 1))
-        angle = self.noise(t)[:, None].to(dtype) * freq.to(dtype)
-        emb = torch.cat([angle.sin(), angle.cos()], dim=1)
-        if self.map_label is not None:
-            emb = emb + self.map_label(self.onehot(t, y, dtype))
-        return tnf.silu(self.map_layer1(tnf.silu(self.map_layer0(emb))))
-
-
-class DDPMppBlock(nn.Module):
-    """Residual block with GroupNorm; sums over sqrt(2)."""
-
-    def __init__(self, cin, cout, emb, attend=False, resample="", dropout=0.0):
-        super().__init__()
-        self.resample, self.dropout = resample, dropout
-        self.norm0, self.norm1 = group_norm(cin), group_norm(cout)
-        self.conv0, self.conv1 = nn.Conv2d(cin, cout, 3, padding=1), nn.Conv2d(cout, cout, 3, padding=1)
-        self.affine = nn.Linear(emb, cout)
-        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout or resample else None
-        if attend:
-            self.norm2 = group_norm(cout)
-            self.qkv, self.proj = nn.Conv2d(cout, 3 * cout, 1), nn.Conv2d(cout, cout, 1)
-
-    def scale(self, x):
-        if self.resample == "up":
-            return tnf.interpolate(x, scale_factor=2, mode="nearest")
-        return tnf.avg_pool2d(x, 2) if self.resample == "down" else x
-
-    def forward(self, x, emb):
-        y = conv(self.conv0, self.scale(tnf.silu(norm(self.norm0, x))))
-        y = norm(self.norm1, y + self.affine(emb)[:, :, None, None].to(y.dtype))
-        y = conv(self.conv1, dropout(tnf.silu(y), self.dropout, self.training))
-        x = (y + (conv(self.skip, self.scale(x)) if self.skip else x)) * math.sqrt(0.5)
-        if hasattr(self, "qkv"):
-            b, c, height, width = x.shape
-            qkv = conv(self.qkv, norm(self.norm2, x)).view(b, 1, c, 3, height * width).transpose(2, 4)
-            y = attention(*qkv.unbind(3)).transpose(2, 3).reshape(b, c, height, width)  # one head
-            x = (x + conv(self.proj, y)) * math.sqrt(0.5)
-        return x
-
-
-def group_norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
-
-
-def conv(layer, x):
-    """In x's precision: autocast does not reach into a JVP."""
-    return tnf.conv2d(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype), padding=layer.padding)
-
-
-def norm(layer, x):
-    """In float32 or wider, back in x's precision."""
-    return layer(x.to(layer.weight.dtype)).to(x.dtype)
-
-
-class DDPMpp(nn.Module):
-    """DDPM++ as EDM trains it on CIFAR-10 (Song et al. 2021; EDM, App. F), called as UNet is; no augmentation
-    labels, guidance scale or adaptive normalization. Parameters have EDM's names."""
-
-    def __init__(self, shape, classes=0, channels=128, channel_mult=(2, 2, 2), blocks=4, attention=(16,),
-                 dropout=0.0, sigma_d=0.5, emb_scale=1.0, c_noise="log", head=True, dtype="fp32", **of_edm2):
-        super().__init__()
-        if of_edm2.get("guidance") or of_edm2.get("double_norm") or of_edm2.get("emb") == "fourier":
-            fail("--arch ddpmpp needs --double_norm false, --emb positional, and no --guidance_max")
-        self.dtype, self.checkpointing = DTYPES[dtype] if dtype != "fp32" else None, False
-        self.cond = DDPMppEmbedding(channels, classes, sigma_d, c_noise, emb_scale, head)
-        width, skips, self.enc, self.dec = channels, [channels], nn.ModuleDict(), nn.ModuleDict()
-        levels = [(shape[1] >> i, channels * m) for i, m in enumerate(channel_mult)]
-
-        def block(name, cin, cout, attend=False, resample=""):
-            return name, DDPMppBlock(cin, cout, 4 * channels, attend, resample, dropout)
-        for i, (res, cout) in enumerate(levels):
-            first = block(f"{res}x{res}_down", width, width, resample="down")
-            self.enc.update([first if i else (f"{res}x{res}_conv", nn.Conv2d(shape[0], width, 3, padding=1))])
-            skips += [width] * (i > 0)
-            for j in range(blocks):
-                self.enc.update([block(f"{res}x{res}_block{j}", width, cout, res in attention)])
-                width = cout
-                skips.append(width)
-        for i, (res, cout) in reversed(list(enumerate(levels))):
-            if i == len(levels) - 1:
-                self.dec.update([block(f"{res}x{res}_in0", width, width, True),
-                                 block(f"{res}x{res}_in1", width, width)])
-            else:
-                self.dec.update([block(f"{res}x{res}_up", width, width, resample="up")])
-            for j in range(blocks + 1):
-                attend = j == blocks and res in attention
-                self.dec.update([block(f"{res}x{res}_block{j}", width + skips.pop(), cout, attend)])
-                width = cout
-        self.norm, self.last = group_norm(width), nn.Conv2d(width, shape[0], 3, padding=1)
-        small = dict(conv1=1e-5, proj=1e-5, last=1e-5, qkv=0.2**0.5)  # residual branches start near zero
-        for name, layer in self.named_modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                nn.init.xavier_uniform_(layer.weight, small.get(name.split(".")[-1], 1))
-                nn.init.zeros_(layer.bias)
-
-    def forward(self, x, t, y=None, scale=None, return_w=False):
-        emb, skips = self.cond(t, y), []
-        x = x.to(self.dtype or emb.dtype)
-        for name, block in self.enc.items():
-            x = conv(block, x) if name.endswith("conv") else run_block(self, block, x, emb)
-            skips.append(x)
-        for name, block in self.dec.items():
-            x = run_block(self, block, torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
-        F = -conv(self.last, tnf.silu(norm(self.norm, x))).to(emb.dtype)  # EDM's F has the other sign
-        return (F, self.cond.weight(t)) if return_w else F
-
-
-def network(cfg, data, **options):
-    """The network for this config and dataset; its constructor's arguments stay with it as net.options."""
-    options = dict(shape=data.shape, classes=data.classes if cfg.conditional else 0, dropout=cfg.dropout,
-                   dtype=cfg.dtype) | {
-        k: getattr(cfg, k) for k in NET_FIELDS if k not in ("image_size", "conditional")} | options
-    net = build(options, cfg.seed)
-    net.checkpointing = cfg.checkpointing
-    return net
-
-
-def build(options, seed=0):
-    """Network from its constructor's arguments; the weights depend on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet = DDPMpp if options.get("arch") == "ddpmpp" else UNet
-        kind = MLP if len(options["shape"]) == 1 else unet
-        net = kind(**{k: v for k, v in options.items() if k != "arch"})
-    net.options = options
-    return net
-
-
-# -------------------------------------------------------------------------------- 4. schedules and solvers
 
 def karras(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """n noise levels, descending, (n,) float64 (EDM, Eq. 5)."""
+    """EDM's n noise levels, from the highest down, (n,) float64 (EDM, Eq. 5)."""
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
 
 
-def to_trigflow(x, alpha, sigma, sigma_d):
-    """x = alpha x_0 + sigma eps, eps ~ N(0, I) -> (x_t, t) (sCM, App. B); alpha, sigma (B,), EDM: alpha = 1.
-    Nothing is divided by alpha, which vanishes at the noisy end of VP."""
-    scale = sigma_d / torch.sqrt((alpha * sigma_d) ** 2 + sigma ** 2)
-    return like(scale, x) * x, torch.atan2(sigma, alpha * sigma_d)
-
-
-def like(v, x):
-    """(B,) -> (B, 1, ...) with x's dtype and number of axes, to multiply x."""
-    return v.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+def ode_times(n, sigma_d):
+    """Angles of EDM's grid for n solver steps, from arctan(80 / sigma_d) down to 0, (n + 1,) float64."""
+    return torch.cat([torch.atan(karras(n) / sigma_d), torch.zeros(1, dtype=torch.float64)])
 
 
 def solve(net, x, times, y=None, sigma_d=0.5, solver="heun"):
-    """Integrate dx/dt = sigma_d F(x / sigma_d, t) (sCM, Eq. 3) along descending angles `times` (n,).
+    """Integrate the PF-ODE dx/dt = sigma_d F(x / sigma_d, t) (sCM, Eq. 3) along falling angles, `times` (n,).
 
-    x (B, ...) is the state at times[0], the result that at times[-1].
-    euler: Eq. 3 as it stands, order 1. ddim: exact while the predicted x_0 stays put, order 1; EDM's Euler.
-    heun: EDM's sampler, or DPM-Solver-2S with its inner point at the end of the step; order 2, two network
-    calls a step; the step to t = 0 is a ddim step.
-    """
-    def F(x, t):
+    x (B, ...) is the state at times[0]; the result is the state at times[-1].
+    euler   a step along the slope; first order.
+    ddim    exact as long as the predicted x_0 stays the same; first order. It is Euler's step in EDM.
+    heun    EDM's sampler: second order, two network calls a step. The last step, to t = 0, is a ddim step."""
+    def velocity(x, t):
         return sigma_d * net(x / sigma_d, t.expand(len(x)), y).to(x.dtype)
 
-    for t, s in zip(times[:-1].to(x.device), times[1:].to(x.device)):  # from t down to s
-        v_t = F(x, t)
+    times = times.to(x.device)
+    for t, s in zip(times[:-1], times[1:]):  # from t down to s
+        v_t = velocity(x, t)
         if solver == "euler":
             x = x + (s - t) * v_t
             continue
         x_s = torch.cos(t - s) * x - torch.sin(t - s) * v_t
         if solver == "heun" and s > 0:
-            z_t, z_s = torch.sin(t) * x + torch.cos(t) * v_t, torch.sin(s) * x_s + torch.cos(s) * F(x_s, s)
+            z_t = torch.sin(t) * x + torch.cos(t) * v_t
+            z_s = torch.sin(s) * x_s + torch.cos(s) * velocity(x_s, s)
             x_s = x_s + torch.sin(s - t) / (2 * torch.cos(t)) * (z_s - z_t)
         x = x_s
     return x
 
 
-def ode_times(n, sigma_d):
-    """n + 1 angles from arctan(80 / sigma_d) to 0 on EDM's grid, (n + 1,) float64."""
-    return torch.cat([torch.atan(karras(n) / sigma_d), torch.zeros(1, dtype=torch.float64)])
-
-
-# -------------------------------------------------------------------------------------------------- 5. JVP
+# ----------------------------------------------------------------------------------- 2. JVP and attention
 
 @torch.no_grad()
 def jvp(net, primals, tangents):
-    """net(*primals) and its derivative along tangents, in one pass, without a graph. Takes the bare module:
-    function transforms do not cross DistributedDataParallel."""
+    """net(*primals) and its derivative along the tangents, in one pass and without a graph. Takes the bare
+    module, because function transforms do not cross DistributedDataParallel."""
     return torch.func.jvp(net, primals, tangents)
 
 
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(c)) v, all (B, heads, N, c). Under jvp, output and tangent come from one pass in
-    O(N) memory (sCM, App. F): PyTorch's fused kernels have no JVP."""
-    primals, tangents = zip(*(forward_ad.unpack_dual(x) for x in (q, k, v)))  # None: no jvp, or a constant
-    if all(tangent is None for tangent in tangents):
-        return tnf.scaled_dot_product_attention(*(x.contiguous() for x in primals))  # strided ones go unfused
+    """softmax(q k^T / sqrt(c)) v, all (B, heads, N, c).
+
+    PyTorch's fused attention has no JVP. Under jvp, output and tangent therefore come from a pass of our own,
+    in memory that is linear in N (sCM, App. F)."""
+    primals, tangents = zip(*(forward_ad.unpack_dual(x) for x in (q, k, v)))
+    if all(tangent is None for tangent in tangents):  # no jvp; strided inputs would not be fused
+        return tnf.scaled_dot_product_attention(*(x.contiguous() for x in primals))
     tangents = (torch.zeros_like(x) if tx is None else tx for x, tx in zip(primals, tangents))
     return forward_ad.make_dual(*DualAttention.apply(*primals, *tangents))
 
 
 class DualAttention(torch.autograd.Function):
-    """(q, k, v, tq, tk, tv) -> (o, to). A Function because functorch hands its forward plain tensors, with
-    storage, in place of wrapped ones. A second derivative, vmap or backward raises an error."""
+    """(q, k, v, tq, tk, tv) -> (o, to), output and tangent. It is an autograd.Function because functorch
+    gives these plain tensors; its wrapped ones have no memory that a kernel could read. It has no
+    backward."""
 
     @staticmethod
     def forward(q, k, v, tq, tk, tv):
@@ -1123,35 +165,37 @@ class DualAttention(torch.autograd.Function):
 
 
 def attention_blocks(q, k, v, tq, tk, tv, size=256):
-    """Attention and its tangent, (B, heads, N, c) each, over blocks of keys: any device, any dtype.
+    """Attention and its tangent, (B, heads, N, c) each, over blocks of keys, on any device and in any dtype.
 
-    S = q k^T / sqrt(c), P = softmax S, o = P v, to = P tv + (P * tS) v - rowsum(P * tS) o (sCM, App. F).
-    With m the largest score so far and p = exp(S - m), sums over the keys so far, rescaled whenever m grows:
-    l of p, mu of p * tS, o of p v, a of p tv + (p * tS) v.
-    """
-    wide, scale = torch.promote_types(q.dtype, torch.float32), 1 / math.sqrt(q.shape[-1])
-    dtype, q, tq = q.dtype, q.to(wide) * scale, tq.to(wide) * scale
-    m, l, mu, o, a = torch.full_like(q[..., :1], -math.inf), 0, 0, 0, 0
+    With S = q k^T / sqrt(c) and P = softmax S:  o = P v,  to = P tv + (P * tS) v - rowsum(P * tS) o.
+    The blocks are summed as in FlashAttention. With m the largest score so far and p = exp(S - m), the sums
+    are l of p, mu of p * tS, o of p v, and a of p tv + (p * tS) v. All of them fade whenever m grows."""
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    scale = 1 / math.sqrt(q.shape[-1])
+    q, tq = q.to(wide) * scale, tq.to(wide) * scale
+    m = torch.full_like(q[..., :1], -math.inf)
+    l, mu, o, a = 0, 0, 0, 0
     for block in zip(*(x.split(size, dim=2) for x in (k, v, tk, tv))):
         k, v, tk, tv = (x.to(wide) for x in block)
         s, ts = q @ k.mT, tq @ k.mT + q @ tk.mT                                  # (B, heads, N, size)
         before, m = m, torch.maximum(m, s.amax(3, keepdim=True))
         p, fade = (s - m).exp(), (before - m).exp()
         pts = p * ts
-        l, mu = l * fade + p.sum(3, keepdim=True), mu * fade + pts.sum(3, keepdim=True)
-        o, a = o * fade + p @ v, a * fade + p @ tv + pts @ v
+        l = l * fade + p.sum(3, keepdim=True)
+        mu = mu * fade + pts.sum(3, keepdim=True)
+        o = o * fade + p @ v
+        a = a * fade + p @ tv + pts @ v
     o = o / l
     return o.to(dtype), ((a - mu * o) / l).to(dtype)
 
 
 @functools.cache
 def triton_kernel():
-    """attention_blocks as a Triton kernel; None without Triton.
+    """attention_blocks as a Triton kernel, or None where Triton is missing.
 
-    A program takes `rows` queries of one image and head over all keys, `cols` at a time. Tensors: contiguous
-    (B, heads, n, c). Sums are float32; "ieee" bars TF32 from float32 products (16-bit ones ignore it).
-    """
-    global triton, tl  # where a kernel looks for them
+    Each program takes `rows` queries of one image and head over all keys, `cols` keys at a time. Tensors are
+    contiguous (B, heads, n, c). Sums are float32, and "ieee" keeps TF32 out of products of float32."""
+    global triton, tl  # a kernel looks for these among the module's names
     try:
         import triton
         import triton.language as tl
@@ -1194,8 +238,9 @@ def triton_kernel():
 
 
 def attention_triton(*duals):
-    """Launch the kernel on (q, k, v, tq, tk, tv), (B, heads, N, c) each -> (o, to). Blocks are as large
-    as an H100's registers hold at 64 channels; float32 has no tensor cores without TF32, so smaller ones."""
+    """Launch the kernel on (q, k, v, tq, tk, tv), each (B, heads, N, c); returns (o, to). Blocks are as large
+    as an H100's registers hold at 64 channels, and smaller for float32, which has no tensor cores without
+    TF32."""
     duals = [x.contiguous() for x in duals]
     out = [torch.empty_like(duals[0]) for _ in range(2)]
     b, heads, n, c = duals[0].shape
@@ -1209,10 +254,1050 @@ def attention_triton(*duals):
     return tuple(out)
 
 
-# ---------------------------------- 6. run: processes, optimizer, EMA, checkpoints, log, pictures, metrics
+# --------------------------------------------------------------------------------------------- 3. networks
+
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)  # what --dtype may be
+SILU_GAIN = 1 / 0.596  # restores unit variance after a SiLU (EDM2, Eq. 81)
+
+
+def pnorm(x, dim=1, eps=1e-4):
+    """Pixel normalization: divide x by its root mean square along dim, taken in float32 or wider."""
+    dims = [dim] if isinstance(dim, int) else dim
+    size = math.prod([x.shape[d] for d in dims])  # torch.compile wants a list here
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide) / math.sqrt(size)
+    return x * (1 / (eps + norm)).to(x.dtype)
+
+
+def mp_sum(a, b, t):
+    """Blend two tensors of unit variance so that the result has unit variance, too (EDM2, Eq. 88)."""
+    return torch.lerp(a, b, t) / math.hypot(1 - t, t)
+
+
+def mp_cat(a, b):
+    """Concatenate channels such that both halves weigh the same (EDM2, Eq. 103, t = 1/2)."""
+    na, nb = a.shape[1], b.shape[1]
+    return torch.cat([a * math.sqrt((na + nb) / (2 * na)), b * math.sqrt((na + nb) / (2 * nb))], dim=1)
+
+
+class MPConv(nn.Module):
+    """Convolution, or linear layer if kernel is None, whose weights have unit norm (EDM2, Eq. 47 and 66)."""
+
+    def __init__(self, cin, cout, kernel=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(cout, cin, *([kernel, kernel] if kernel else [])))
+
+    def forward(self, x, gain=1.0):
+        dims = tuple(range(1, self.weight.ndim))
+        weight = pnorm(self.weight, dims) * (gain / math.sqrt(self.weight[0].numel()))
+        weight = weight.to(x.dtype)
+        return x @ weight.t() if weight.ndim == 2 else tnf.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+@torch.no_grad()
+def normalize_weights(net):
+    """EDM2's forced weight normalization (Eq. 66), called after each optimizer step. Inside the forward pass,
+    as in EDM2, it would change what the next pass of the same step computes."""
+    for module in net.modules():
+        if isinstance(module, MPConv):
+            module.weight.copy_(pnorm(module.weight, tuple(range(1, module.weight.ndim))))
+
+
+def dropout(x, p, training):
+    """Dropout that draws the same mask with and without a JVP (see Draw.same_dropout)."""
+    if not (training and p):
+        return x
+    return x * (torch.rand(x.shape, device=x.device) >= p).to(x.dtype) / (1 - p)
+
+
+def resample(x, kind):
+    """Halve ("down") or double ("up") the image; "" leaves it as it is."""
+    if kind == "down":
+        return tnf.avg_pool2d(x, 2)
+    return tnf.interpolate(x, scale_factor=2, mode="nearest") if kind == "up" else x
+
+
+def self_attention(qkv, heads, normalize):
+    """Attention over the pixels of qkv (B, 3 C, H, W) -> (B, C, H, W). EDM2 normalizes each vector."""
+    b, c, height, width = qkv.shape
+    qkv = qkv.view(b, heads, c // 3 // heads, 3, height * width).transpose(2, 4)
+    q, k, v = (pnorm(qkv, dim=4) if normalize else qkv).unbind(3)             # (B, heads, H W, channels)
+    return attention(q, k, v).transpose(2, 3).reshape(b, c // 3, height, width)
+
+
+def one_hot(y, t, classes, dtype):
+    """Labels as (B, classes) of unit variance; a row of zeros for y = -1, and for all if y is None."""
+    y = torch.full_like(t, -1, dtype=torch.int64) if y is None else y
+    return tnf.one_hot(y + 1, classes + 1)[:, 1:].to(dtype) * math.sqrt(classes)
+
+
+def noise_input(t, c_noise, sigma_d):
+    """What is embedded: t itself (sCM, Sec. 4.1), or EDM's log(sigma) / 4 with sigma = sigma_d tan(t). The
+    logarithm has no bound at 0 and pi/2, so t is kept 1e-4 away from them."""
+    if c_noise == "t":
+        return t
+    return torch.log(sigma_d * torch.tan(t.clamp(1e-4, math.pi / 2 - 1e-4))) / 4
+
+
+class Embedding(nn.Module):
+    """Numbers (B,) -> features of unit variance (B, dim), in the dtype of the network's parameters.
+
+    positional: cosines and sines of frequencies that fall from `scale` to scale / 10000.
+    fourier: random frequencies of standard deviation 2 pi scale. EDM2's scale is 1; sCM (Sec. 4.1) finds
+    larger ones unstable."""
+
+    def __init__(self, kind, dim, scale=1.0):
+        super().__init__()
+        if kind == "positional":
+            freqs = (scale * 1e-4 ** (torch.arange(dim // 2) / (dim // 2 - 1))).repeat(2)
+            phases = (torch.arange(dim) >= dim // 2) * -math.pi / 2  # cosines, then sines
+        else:
+            freqs = 2 * math.pi * scale * torch.randn(dim)
+            phases = -2 * math.pi * torch.rand(dim)
+        self.register_buffer("freqs", freqs)
+        self.register_buffer("phases", phases)
+
+    def forward(self, c):
+        return math.sqrt(2) * torch.cos(c.to(self.freqs.dtype)[:, None] * self.freqs + self.phases)
+
+
+class WeightHead(nn.Module):
+    """Learns w(t) (B,), the logarithm of the loss's weight at t (EDM2; sCM, App. D). It starts at w = 0."""
+
+    def __init__(self, sigma_d):
+        super().__init__()
+        self.sigma_d, self.embed, self.linear = sigma_d, Embedding("fourier", 128), MPConv(128, 1)
+        self.gain = nn.Parameter(torch.zeros([]))
+
+    def forward(self, t):
+        return self.linear(self.embed(noise_input(t, "log", self.sigma_d)), self.gain)[:, 0]
+
+
+class EDM2Embedding(nn.Module):
+    """Time t (B,), label y (B,) or None, and guidance (B,) or None -> one embedding (B, dim), as in EDM2."""
+
+    def __init__(self, dim, channels, classes, sigma_d, emb, emb_scale, c_noise, guidance):
+        super().__init__()
+        self.sigma_d, self.c_noise, self.classes = sigma_d, c_noise, classes
+        self.emb_fourier, self.emb_noise = Embedding(emb, channels, emb_scale), MPConv(channels, dim)
+        self.emb_label = MPConv(classes, dim) if classes else None
+        if guidance:
+            self.guidance_embed = Embedding("positional", channels, 10.0)
+            self.guidance_linear = MPConv(channels, dim)
+            self.guidance_gain = nn.Parameter(torch.zeros([]))  # 0: starts as the teacher, which knows none
+
+    def forward(self, t, y, guidance):
+        emb = self.emb_noise(self.emb_fourier(noise_input(t, self.c_noise, self.sigma_d)))
+        if self.emb_label is not None:
+            emb = mp_sum(emb, self.emb_label(one_hot(y, t, self.classes, emb.dtype)), 0.5)
+        if guidance is not None:
+            emb = emb + self.guidance_linear(self.guidance_embed(guidance)) * self.guidance_gain
+        return tnf.silu(emb) * SILU_GAIN
+
+
+class DDPMppEmbedding(nn.Module):
+    """The same as in DDPM++, without guidance; its features are sines first, then cosines."""
+
+    def __init__(self, channels, classes, sigma_d, emb_scale, c_noise):
+        super().__init__()
+        self.sigma_d, self.c_noise, self.classes = sigma_d, c_noise, classes
+        self.half, self.emb_scale = channels // 2, emb_scale
+        self.map_label = nn.Linear(classes, channels) if classes else None
+        self.map_layer0 = nn.Linear(channels, 4 * channels)
+        self.map_layer1 = nn.Linear(4 * channels, 4 * channels)
+
+    def forward(self, t, y, guidance):
+        dtype = self.map_layer0.weight.dtype
+        freqs = self.emb_scale * 1e-4 ** (torch.arange(self.half, device=t.device) / (self.half - 1))
+        angle = noise_input(t, self.c_noise, self.sigma_d)[:, None].to(dtype) * freqs.to(dtype)
+        emb = torch.cat([angle.sin(), angle.cos()], dim=1)
+        if self.map_label is not None:
+            emb = emb + self.map_label(one_hot(y, t, self.classes, dtype))
+        return tnf.silu(self.map_layer1(tnf.silu(self.map_layer0(emb))))
+
+
+class MLP(nn.Module):
+    """Residual MLP for points: F (B, D) = net(x (B, D), t (B,), y (B,)). As with UNet, guidance (B,) is the
+    strength of guidance to imitate, and with return_w, F comes with the weighting head's w(t) (B,)."""
+
+    def __init__(self, shape, classes=0, channels=128, blocks=4, sigma_d=0.5, emb="positional",
+                 emb_scale=10.0, c_noise="t", double_norm=True, guidance=False, head=True, **of_images):
+        super().__init__()
+        self.embedding = EDM2Embedding(channels, 64, classes, sigma_d, emb, emb_scale, c_noise, guidance)
+        self.head = WeightHead(sigma_d) if head else None
+        self.double_norm, self.blocks = double_norm, blocks
+        self.first, self.last = nn.Linear(shape[0], channels), nn.Linear(channels, shape[0])
+        self.inner = nn.ModuleList(nn.Linear(channels, channels) for _ in range(blocks))
+        self.modulate = nn.Linear(channels, 2 * blocks * channels)
+        self.outer = nn.ModuleList(nn.Linear(channels, channels) for _ in range(blocks))
+
+    def forward(self, x, t, y=None, guidance=None, return_w=False):
+        emb = self.embedding(t, y, guidance)
+        h = self.first(x.to(emb.dtype))
+        scale, shift = self.modulate(emb).view(len(x), 2, self.blocks, -1).unbind(1)  # (B, blocks, channels)
+        scale, shift = (pnorm(scale, 2), pnorm(shift, 2)) if self.double_norm else (1 + scale, shift)
+        for i, (inner, outer) in enumerate(zip(self.inner, self.outer)):
+            h = h + outer(tnf.silu(pnorm(inner(h)) * scale[:, i] + shift[:, i]))
+        F = self.last(h)
+        return (F, self.head(t) if self.head else F.new_zeros(len(t))) if return_w else F
+
+
+class EDM2Block(nn.Module):
+    """EDM2's residual block (config G). Encoder blocks normalize their input, decoder blocks do not."""
+
+    def __init__(self, cin, cout, dim, encoder, attend, resample, dropout, double_norm, norm_shift):
+        super().__init__()
+        self.encoder, self.resample, self.dropout = encoder, resample, dropout
+        self.double_norm, self.shift, self.heads = double_norm, double_norm and norm_shift, max(cout // 64, 1)
+        if attend and cout % self.heads:
+            fail(f"attention at {cout} channels: above 64 they must be a multiple of 64 (--channels)")
+        self.conv_skip = MPConv(cin, cout, 1) if cin != cout else None
+        self.conv_res0, self.conv_res1 = MPConv(cout if encoder else cin, cout, 3), MPConv(cout, cout, 3)
+        self.emb_linear = MPConv(dim, 2 * cout if self.shift else cout)
+        if not double_norm:
+            self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.attn_qkv, self.attn_proj = (MPConv(cout, n * cout, 1) if attend else None for n in (3, 1))
+
+    def modulate(self, x, emb):
+        """The embedding acts on the channels of x (B, C, H, W): x (1 + s(t)) in EDM2; norm(x) pnorm(s(t)) +
+        pnorm(b(t)) with adaptive double normalization (sCM, Sec. 4.1). The sizes that sCM prints for ImageNet
+        leave no room for b(t), hence norm_shift."""
+        # DEPARTS: sCM adds the two; here the sum is over sqrt(2), because EDM2's layers rely on unit variance
+        shape = (len(x), -1, 1, 1)
+        if not self.double_norm:
+            return x * (1 + self.emb_linear(emb, self.emb_gain)).view(shape).to(x.dtype)
+        if not self.shift:
+            return pnorm(x) * pnorm(self.emb_linear(emb)).view(shape).to(x.dtype)
+        scale, shift = (pnorm(v) / math.sqrt(2) for v in self.emb_linear(emb).chunk(2, dim=1))
+        return pnorm(x) * scale.view(shape).to(x.dtype) + shift.view(shape).to(x.dtype)
+
+    def forward(self, x, emb):
+        x = resample(x, self.resample)
+        if self.encoder:
+            x = pnorm(self.conv_skip(x) if self.conv_skip else x)
+        y = self.modulate(self.conv_res0(tnf.silu(x), SILU_GAIN), emb)
+        y = self.conv_res1(dropout(tnf.silu(y), self.dropout, self.training), SILU_GAIN)
+        if not self.encoder and self.conv_skip:
+            x = self.conv_skip(x)
+        x = mp_sum(x, y, 0.3)
+        if self.attn_qkv:
+            x = mp_sum(x, self.attn_proj(self_attention(self.attn_qkv(x), self.heads, normalize=True)), 0.3)
+        # DEPARTS: EDM2 clips in float32, too; here only in float16, because a clip has no tangent beyond it
+        return x.clamp(-256, 256) if x.dtype == torch.float16 else x
+
+
+class Conv2d(nn.Conv2d):
+    """Convolves in x's precision. Autocast would do that, but it does not reach into a JVP."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class GroupNorm(nn.GroupNorm):
+    """DDPM++'s. Normalizes in float32 or wider, and gives the result in x's precision."""
+
+    def __init__(self, channels):
+        super().__init__(min(32, channels // 4), channels, eps=1e-6)
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+class DDPMppBlock(nn.Module):
+    """DDPM++'s residual block, with GroupNorm, one attention head, and sums over sqrt(2)."""
+
+    def __init__(self, cin, cout, dim, encoder, attend, resample, dropout, double_norm, norm_shift):
+        super().__init__()
+        self.resample, self.dropout = resample, dropout
+        self.norm0, self.norm1 = GroupNorm(cin), GroupNorm(cout)
+        self.conv0, self.conv1 = Conv2d(cin, cout, 3, padding=1), Conv2d(cout, cout, 3, padding=1)
+        self.affine = nn.Linear(dim, cout)
+        self.skip = Conv2d(cin, cout, 1) if cin != cout or resample else None
+        self.norm2 = GroupNorm(cout) if attend else None
+        self.qkv, self.proj = (Conv2d(cout, n * cout, 1) if attend else None for n in (3, 1))
+
+    def forward(self, x, emb):
+        y = self.conv0(resample(tnf.silu(self.norm0(x)), self.resample))
+        y = self.norm1(y + self.affine(emb)[:, :, None, None].to(y.dtype))
+        y = self.conv1(dropout(tnf.silu(y), self.dropout, self.training))
+        x = (y + (self.skip(resample(x, self.resample)) if self.skip else x)) * math.sqrt(0.5)
+        if self.qkv:
+            y = self_attention(self.qkv(self.norm2(x)), 1, normalize=False)
+            x = (x + self.proj(y)) * math.sqrt(0.5)
+        return x
+
+
+class UNet(nn.Module):
+    """The U-Net of EDM: F (B, C, H, W) = net(x (B, C, H, W), t (B,), y (B,)).
+
+    arch "edm2" has EDM2's magnitude-preserving blocks (Karras et al. 2024), "ddpmpp" those of DDPM++, which
+    EDM trains on CIFAR-10 (EDM, App. F). Parameters have EDM's names.
+
+    The torso runs in `dtype`; parameters, embeddings and the output are float32 (float64 after .double()).
+    `attention` lists the resolutions with self-attention. Dropout acts in all layers of images up to 32
+    pixels, as in the papers' CIFAR-10 runs; in larger ones at 16x16 and below, as in sCM's ImageNet runs."""
+
+    def __init__(self, shape, classes=0, arch="edm2", channels=64, channel_mult=(1, 2), blocks=2,
+                 attention=(8,), dropout=0.0, sigma_d=0.5, emb="positional", emb_scale=1.0, c_noise="t",
+                 double_norm=True, norm_shift=True, guidance=False, head=True, dtype="fp32"):
+        super().__init__()
+        self.edm2, self.checkpointing = arch == "edm2", False
+        self.dtype = DTYPES[dtype] if dtype != "fp32" else None
+        levels = [(shape[1] >> i, channels * m) for i, m in enumerate(channel_mult)]  # resolution, width
+        if self.edm2:
+            Block, dim, width = EDM2Block, channels * max(channel_mult), levels[0][1]
+            self.embedding = EDM2Embedding(dim, channels, classes, sigma_d, emb, emb_scale, c_noise, guidance)
+        else:
+            if guidance or double_norm or emb == "fourier" or channels % 4:
+                fail("--arch ddpmpp needs --double_norm false, --emb positional, no --guidance_max, and "
+                     "--channels that are a multiple of 4")
+            Block, dim, width = DDPMppBlock, 4 * channels, channels
+            self.embedding = DDPMppEmbedding(channels, classes, sigma_d, emb_scale, c_noise)
+        self.head = WeightHead(sigma_d) if head else None
+        self.enc, self.dec, skips = nn.ModuleDict(), nn.ModuleDict(), [width]
+
+        def add(part, name, cin, cout, attend=False):
+            kind = name if name in ("down", "up") else ""
+            rate = dropout if res <= 16 or shape[1] <= 32 else 0.0
+            part[f"{res}x{res}_{name}"] = Block(
+                cin, cout, dim, part is self.enc, attend, kind, rate, double_norm, norm_shift)
+
+        for level, (res, cout) in enumerate(levels):
+            if level:
+                add(self.enc, "down", width, width)
+                skips.append(width)
+            else:  # EDM2's input has a further channel of ones, in place of biases
+                self.enc[f"{res}x{res}_conv"] = (MPConv(shape[0] + 1, width, 3) if self.edm2 else
+                                                 Conv2d(shape[0], width, 3, padding=1))
+            for i in range(blocks):
+                add(self.enc, f"block{i}", width, cout, res in attention)
+                width = cout
+                skips.append(width)
+        for level, (res, cout) in reversed(list(enumerate(levels))):
+            if level == len(levels) - 1:
+                add(self.dec, "in0", width, width, True)
+                add(self.dec, "in1", width, width)
+            else:
+                add(self.dec, "up", width, width)
+            for i in range(blocks + 1):
+                attend = res in attention and (self.edm2 or i == blocks)
+                add(self.dec, f"block{i}", width + skips.pop(), cout, attend)
+                width = cout
+        if self.edm2:
+            self.out_conv, self.out_gain = MPConv(width, shape[0], 3), nn.Parameter(torch.zeros([]))
+        else:
+            self.out_norm, self.out_conv = GroupNorm(width), Conv2d(width, shape[0], 3, padding=1)
+            init_ddpmpp(self)
+
+    def run(self, block, x, emb):
+        """With --checkpointing, the backward pass computes the inside of a block once more."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(block, x, emb, use_reentrant=False)
+        return block(x, emb)
+
+    def forward(self, x, t, y=None, guidance=None, return_w=False):
+        emb = self.embedding(t, y, guidance)
+        x = x.to(self.dtype or emb.dtype)
+        if self.edm2:
+            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+            x = x.to(memory_format=torch.channels_last)  # faster; the JVP of GroupNorm does not take it
+        skips = []
+        for name, block in self.enc.items():
+            x = block(x) if name.endswith("conv") else self.run(block, x, emb)
+            skips.append(x)
+        for name, block in self.dec.items():
+            if "block" in name:
+                x = mp_cat(x, skips.pop()) if self.edm2 else torch.cat([x, skips.pop()], dim=1)
+            x = self.run(block, x, emb)
+        x = self.out_conv(x, self.out_gain) if self.edm2 else self.out_conv(tnf.silu(self.out_norm(x)))
+        F = -x.to(emb.dtype)  # EDM's F has the other sign
+        return (F, self.head(t) if self.head else F.new_zeros(len(t))) if return_w else F
+
+
+def init_ddpmpp(net):
+    """EDM's initial weights: uniform, and close to zero where a residual branch ends."""
+    small = dict(conv1=1e-5, proj=1e-5, out_conv=1e-5, qkv=0.2**0.5)
+    for name, layer in net.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(layer.weight, small.get(name.split(".")[-1], 1))
+            nn.init.zeros_(layer.bias)
+
+
+def build(options, seed=0):
+    """The network from its constructor's arguments; its weights depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = (MLP if len(options["shape"]) == 1 else UNet)(**options)
+    net.options = options
+    return net
+
+
+def network(cfg, data, device="cpu", **options):
+    """The network for this config and dataset, started from --init or --teacher where that is a run. Further
+    options go to its constructor; all of them stay with it as net.options."""
+    options = dict(shape=data.shape, classes=data.classes if cfg.conditional else 0, dropout=cfg.dropout,
+                   dtype=cfg.dtype) | {name: getattr(cfg, name) for name in NET_FIELDS} | options
+    net = build(options, cfg.seed)
+    net.checkpointing = cfg.checkpointing
+    if init_path(vars(cfg)):
+        load_init(net, cfg, data)
+    return net.to(device)
+
+
+# ------------------------------------------------------------------------------------------------- 4. data
+
+class Draw:
+    """Random numbers as a function of (seed, step, position in the global batch).
+
+    Positions lo..hi come from blocks of 64, each with a generator of its own. So a resumed run, another
+    number of processes and another size of micro-batch all see the numbers that one unbroken process would
+    see. Dropout masks alone depend on the micro-batch as a whole."""
+    BLOCK = 64
+
+    def __init__(self, seed, step, lo, hi, device="cpu"):
+        first, last = lo // self.BLOCK, (hi - 1) // self.BLOCK
+        self.rows = slice(lo - first * self.BLOCK, hi - first * self.BLOCK)
+        self.device = device
+        self.dropout_seed = self._mix(seed, step, lo, 1)
+        self.generators = [torch.Generator(device).manual_seed(self._mix(seed, step, block, 0))
+                           for block in range(first, last + 1)]
+
+    @staticmethod
+    def _mix(*numbers):
+        return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+    def _draw(self, function, *shape, **kw):
+        rows = [function(*shape, generator=g, device=self.device, **kw) for g in self.generators]
+        return torch.cat(rows)[self.rows]
+
+    def normal(self, *shape, dtype=torch.float32):
+        """Standard normal, (B, *shape)."""
+        return self._draw(torch.randn, self.BLOCK, *shape, dtype=dtype)
+
+    def uniform(self):
+        """Uniform on [0, 1), (B,) float64."""
+        return self._draw(torch.rand, self.BLOCK, dtype=torch.float64)
+
+    def index(self, high):
+        """Integers from 0 to high - 1, (B,) int64."""
+        return self._draw(torch.randint, high, (self.BLOCK,))
+
+    def labels(self, y, cfg):
+        """The labels as cfg wants them: None unless conditional; each becomes -1 with rate label_dropout."""
+        return torch.where(self.uniform() < cfg.label_dropout, -1, y) if cfg.conditional else None
+
+    def same_dropout(self):
+        """Call this before each pass that must use the same dropout masks."""
+        torch.manual_seed(self.dropout_seed)
+
+
+def dataset(cfg, device="cpu"):
+    """The dataset that cfg names: an object with shape, classes and batch(gen)."""
+    if cfg.dataset in ("gmm", "gmm1d"):
+        return (ring if cfg.dataset == "gmm" else pair)(cfg).to(device)
+    if cfg.dataset == "imagenet512":
+        return Stored(cfg, *latents(cfg, device))
+    kinds = dict(shapes=draw_shapes, cifar10=cifar10)
+    return Stored(cfg, *kinds.get(cfg.dataset, image_folder)(cfg))
+
+
+class Mixture(nn.Module):
+    """Gaussians around given means (K, D), in 2-D or 1-D. The class of a point is its component.
+
+    As a module it is its own exact teacher: F = E[cos(t) z - sin(t) x_0 | x_t] / sigma_d in closed form."""
+
+    def __init__(self, cfg, mean, std):
+        super().__init__()
+        self.cfg, self.sigma_d, self.std = cfg, cfg.sigma_d, std  # std is that of a component
+        self.shape, self.classes = tuple(mean.shape[1:]), len(mean)
+        self.register_buffer("mean", mean)
+
+    def batch(self, gen):
+        """x0 (B, D) float32, and y (B,) int64 or, unless cfg.conditional, None."""
+        y = gen.index(self.classes)
+        return self.mean[y].float() + self.std * gen.normal(*self.shape), gen.labels(y, self.cfg)
+
+    def chunks(self, device):
+        """4,096 points, the same at every call, in place of the training set that a mixture does not have."""
+        yield self.batch(Draw(self.cfg.seed, 2**33, 0, 4096, device))
+
+    def forward(self, x, t, y=None, guidance=None):
+        cos, sin = t.to(x.dtype).cos()[:, None, None], t.to(x.dtype).sin()[:, None, None]
+        variance = (cos * self.std) ** 2 + (sin * self.sigma_d) ** 2            # of x_t within a component
+        delta = (x * self.sigma_d)[:, None] - cos * self.mean.to(x.dtype)       # (B, K, D)
+        logits = -(delta**2).sum(2) / (2 * variance[:, :, 0])
+        if y is not None:                                                       # y = -1 keeps all components
+            other = torch.arange(self.classes, device=x.device) != y[:, None]
+            logits = logits.masked_fill(other & (y >= 0)[:, None], -math.inf)
+        x_0 = self.mean.to(x.dtype) + cos * self.std**2 / variance * delta      # posterior means by component
+        z = sin * self.sigma_d**2 / variance * delta
+        return (logits.softmax(1)[:, :, None] * (cos * z - sin * x_0)).sum(1) / self.sigma_d
+
+
+def ring(cfg):
+    """gmm: eight Gaussians on a ring in 2-D, such that each coordinate has standard deviation sigma_d."""
+    angle, std = torch.arange(8, dtype=torch.float64) * math.pi / 4, 0.1 * cfg.sigma_d
+    radius = math.sqrt(2 * (cfg.sigma_d**2 - std**2))
+    return Mixture(cfg, radius * torch.stack([angle.cos(), angle.sin()], dim=1), std)
+
+
+def pair(cfg):
+    """gmm1d: two Gaussians in 1-D, with standard deviation sigma_d in all."""
+    std = 0.2 * cfg.sigma_d
+    return Mixture(cfg, math.sqrt(cfg.sigma_d**2 - std**2) * torch.tensor([[-1.0], [1.0]]).double(), std)
+
+
+class Stored:
+    """Images as rows of one array, in memory or memory-mapped, each with a label.
+
+    Rows are uint8 pixels (N, 3, H, W), with x0 = pixels / 127.5 - 1. For imagenet512 they are an
+    autoencoder's mean and standard deviation of a latent (N, 8, h, w). There x0 (4, h, w) is drawn anew from
+    N(mean, std^2) each time, and normalized to standard deviation sigma_d."""
+
+    def __init__(self, cfg, rows, labels):
+        self.cfg, self.rows, self.latent = cfg, rows, cfg.dataset == "imagenet512"
+        self.labels = torch.as_tensor(np.array(labels), dtype=torch.int64)
+        self.classes = int(self.labels.max()) + 1
+        self.shape = (rows.shape[1] // 2 if self.latent else rows.shape[1], *rows.shape[2:])
+        halvings = len(cfg.channel_mult) - 1
+        if self.shape[1] % 2**halvings:
+            fail(f"images of {self.shape[1]} pixels cannot be halved {halvings} times (--channel_mult): "
+                 f"--image_size must be a multiple of {2**halvings}")
+        if cfg.conditional and self.classes < 2:
+            fail(f"--conditional needs labels, and {cfg.data or cfg.dataset} has none")
+
+    def batch(self, gen):
+        """x0 (B, C, H, W) float32, and y (B,) int64 or, unless cfg.conditional, None."""
+        index = gen.index(len(self.rows)).cpu()
+        x0 = self.x0(index.numpy(), gen.device, gen)
+        return x0, gen.labels(self.labels[index].to(gen.device), self.cfg)
+
+    def chunks(self, device, size=4096):
+        """The whole training set with its labels, `size` images at a time; of a latent, its mean."""
+        for lo in range(0, len(self.rows), size):
+            rows = slice(lo, lo + size)
+            yield self.x0(rows, device), self.labels[rows].to(device)
+
+    def x0(self, index, device, gen=None):
+        rows = torch.from_numpy(np.array(self.rows[index])).to(device).float()
+        if not self.latent:
+            return rows / 127.5 - 1
+        mean, std = rows.chunk(2, dim=1)
+        _, _, shift, scale = latent_space(self.cfg, device)
+        return (mean + (std * gen.normal(*self.shape) if gen else 0) - shift) * (self.cfg.sigma_d / scale)
+
+    def to_pixels(self, x):
+        return to_pixels(x, self.cfg)
+
+
+LATENT_SPACES = dict(  # pixel values of black and white; mean and standard deviation by channel
+    scm=(-1, 1, (1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31)),  # sCM, App. G
+    edm2=(0, 1, (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)))
+
+
+def latent_space(cfg, device):
+    """EDM2's numbers for its zip, sCM's otherwise; mean and standard deviation as (4, 1, 1)."""
+    black, white, *moments = LATENT_SPACES["edm2" if str(cfg.data).endswith(".zip") else "scm"]
+    return black, white, *(torch.tensor(m, device=device).view(4, 1, 1) for m in moments)
+
+
+@functools.cache
+def autoencoder(path, device):
+    from diffusers import AutoencoderKL
+    hub = "stabilityai/sd-vae-ft-mse"
+    with reading(f"no autoencoder at {path or hub}: give the folder https://huggingface.co/{hub} with --vae"):
+        return AutoencoderKL.from_pretrained(path or hub).to(device).requires_grad_(False)
+
+
+def to_uint8(x):
+    """Pixels (B, 3, H, W) in [-1, 1] -> uint8, rounded."""
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def to_pixels(x, cfg):
+    """x0 (B, C, h, w) -> pixels (B, 3, H, W) uint8. Latents are decoded one by one."""
+    if cfg.dataset != "imagenet512":
+        return to_uint8(x)
+    black, white, shift, scale = latent_space(cfg, x.device)
+    vae, z = autoencoder(cfg.vae, x.device), x.float() * (scale / cfg.sigma_d) + shift
+    pixels = torch.cat([vae.decode(one[None]).sample for one in z])
+    return to_uint8((pixels - black) * (2 / (white - black)) - 1)
+
+
+def draw_shapes(cfg, count=8000):
+    """A disc, triangle, square or pentagon, warm or cold (8 classes), drawn by Pillow at 4x and reduced."""
+    size, rng = cfg.image_size or 16, np.random.default_rng(0)
+    images, labels = np.empty((count, 3, size, size), np.uint8), rng.integers(8, size=count)
+    for i, label in enumerate(labels):
+        x, y, r = np.array([*rng.uniform(0.35, 0.65, 2), rng.uniform(0.15, 0.3)]) * 4 * size
+        hue = rng.integers(0, 35) if label < 4 else rng.integers(120, 180)
+        picture = Image.new("HSV", (4 * size, 4 * size), (0, 0, int(rng.integers(15, 60))))
+        pen, ink = ImageDraw.Draw(picture), (int(hue), 220, int(rng.integers(160, 256)))
+        if label % 4 == 0:
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=ink)
+        else:
+            pen.regular_polygon((x, y, r), n_sides=int(label % 4) + 2, fill=ink)
+        images[i] = np.asarray(picture.convert("RGB").resize((size, size), Image.BOX)).transpose(2, 0, 1)
+    return images, labels
+
+
+def image_folder(cfg):
+    """--data, class folders or a zip of images, kept as pixels in data/cache."""
+    root = Path(cfg.data or fail(f"--dataset {cfg.dataset} needs --data PATH: class folders, or a zip"))
+    names, labels, read = list_images(root)
+    with reading(f"--data {root}"):
+        files = [(n, (root / n if root.is_dir() else root).stat().st_mtime_ns) for n in names]
+    key = hashlib.sha1(repr((str(root.resolve()), files, cfg.image_size)).encode()).hexdigest()[:16]
+
+    def prepare():
+        first = decode(names[0], read, cfg.image_size)
+        if first.shape[1] != first.shape[2]:
+            fail(f"{names[0]} is not square: give --image_size to crop and resize")
+
+        def encode(part):
+            images = [decode(name, read, cfg.image_size) for name in part]
+            for name, image in zip(part, images):
+                if image.shape != first.shape:
+                    fail(f"{name} and {names[0]} differ in size: give --image_size to crop and resize")
+            return np.stack(images)
+        return names, labels, encode
+    return open_store(Path("data/cache", f"{root.stem[:40]}-{cfg.image_size}-{key}"), prepare)
+
+
+def cifar10(cfg):
+    """CIFAR-10's official binary archive, given with --data or downloaded: its 50,000 training images."""
+    url, md5 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
+    path = Path(cfg.data or "data/cifar-10-binary.tar.gz")
+    if cfg.image_size not in (0, 32):
+        fail("--dataset cifar10 is 32 x 32 pixels; for other sizes unpack it and use --dataset folder")
+    if not cfg.data:
+        download(url, path, md5)
+
+    def prepare():
+        with reading(f"{path} is not cifar-10-binary.tar.gz"), tarfile.open(path) as archive:
+            files = sorted(n for n in archive.getnames() if re.search(r"data_batch_\d\.bin$", n))
+            rows = np.concatenate([np.frombuffer(archive.extractfile(n).read(), np.uint8) for n in files])
+            rows = rows.reshape(-1, 1 + 3 * 32 * 32)  # a label, then the planes of R, G and B
+            assert rows[:, 0].max() < 10, "labels above 9"
+        return np.arange(len(rows)), rows[:, 0], lambda part: rows[part, 1:].reshape(-1, 3, 32, 32)
+    with reading(f"--data {path}"):
+        key = hashlib.sha1(f"{path.resolve()} {path.stat().st_mtime_ns}".encode()).hexdigest()[:16]
+    return open_store(Path("data/cache", f"cifar10-{key}"), prepare)
+
+
+def latents(cfg, device):
+    """imagenet512: latents from --data, which is a folder that holds them, EDM2's zip of them (read in
+    place), or images in class folders. Images are encoded once, into data/imagenet512."""
+    root, folder = Path(cfg.data or "data/imagenet512"), Path("data/imagenet512")
+    if RANK == 0:
+        autoencoder(cfg.vae, torch.device("cpu"))  # pictures need it: better missed now than at the end
+    if root.suffix == ".zip":
+        names, labels, read = list_images(root, (".npy",))
+        return LatentZip(root, names, read), labels
+    if (root / "about.json").exists():
+        return open_store(root, lambda: fail(f"--data {root} lacks latents: give the images with --data"))
+    if not cfg.data:
+        fail("--dataset imagenet512: there are no latents in data/imagenet512; give the images with --data")
+    names, labels, read = list_images(root)
+    size = cfg.image_size or 512
+    about = dict(vae=cfg.vae, image_size=size, sources=hashlib.sha1("\n".join(names).encode()).hexdigest())
+    cfg.data = str(folder)  # what the run's config names from now on
+
+    def prepare():
+        vae = autoencoder(cfg.vae, device)
+
+        @torch.no_grad()
+        def encode(part):
+            x = np.stack([decode(name, read, size) for name in part])
+            latent = vae.encode(torch.from_numpy(x).to(device).float() / 127.5 - 1).latent_dist
+            return torch.cat([latent.mean, latent.std], dim=1).half().cpu().numpy()
+        return names, labels, encode
+    return open_store(folder, prepare, about, batch=16)
+
+
+class LatentZip:
+    """EDM2's zip of latents, float32 (8, h, w) .npy, as an array that is read in place."""
+
+    def __init__(self, root, names, read):
+        self.root, self.names, self.read = root, names, read
+        self.shape = (len(names), *self[[0]].shape[1:])
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        with reading(f"--data {self.root}: not EDM2's latents, float32 (8, h, w) .npy"):
+            files = [self.names[i] for i in np.arange(len(self.names))[index]]
+            return np.stack([np.load(io.BytesIO(self.read(f)), allow_pickle=False) for f in files])
+
+
+def open_store(folder, prepare, about=None, batch=256):
+    """Rows, memory-mapped, and labels that are kept in `folder`. What is missing there is written first.
+
+    prepare() -> (names, labels, encode), with encode(some names) -> their rows. All processes write, each
+    every WORLD-th batch, and mark in done.npy what is written. So a killed writer goes on where it stopped,
+    with any number of processes. A folder that was made from something else than `about` is refused."""
+    paths, found = {name: folder / f"{name}.npy" for name in ("rows", "done", "labels")}, None
+
+    def load(mode):
+        rows, done = (np.load(paths[name], mmap_mode=mode) for name in ("rows", "done"))
+        labels = np.load(paths["labels"])
+        assert rows.ndim == 4 and len(rows) == len(done) == len(labels) > 0, "arrays of different lengths"
+        assert labels.dtype.kind in "iu" and labels.min() >= 0, "its labels are not whole numbers"
+        return rows, done, labels
+    if (folder / "about.json").exists():
+        with reading(f"{folder}/about.json is damaged: delete {folder}"):
+            before = json.loads((folder / "about.json").read_text())
+        if about and before != about:
+            fail(f"{folder} was made from other images, --vae or --image_size: move it away first")
+        with contextlib.suppress(OSError, ValueError, AssertionError):  # damaged arrays are made anew
+            found = load("r")
+    barrier()  # no process writes before all have looked
+    if found and found[1].all():
+        return found[0], found[2]
+    names, labels, encode = prepare()
+    if RANK == 0 and not found:
+        first = encode(names[:1])
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, dtype, shape in (("rows", first.dtype, first.shape[1:]), ("done", np.uint8, ())):
+                np.lib.format.open_memmap(paths[name], "w+", dtype, (len(names), *shape)).flush()
+                with open(paths[name], "r+b") as file:  # a full disk would kill a memory map later
+                    getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, file.seek(0, 2))
+        atomic_write(paths["labels"], lambda file: np.save(file, np.asarray(labels, np.int64)))
+        atomic_write(folder / "about.json", lambda file: file.write(json.dumps(about).encode()))
+    barrier()
+    with reading(f"{folder} is damaged: delete it"):
+        rows, done, labels = load("r+")
+    batches = range(RANK * batch, len(names), WORLD * batch)
+    for lo in tqdm(batches, desc=f"write {folder.name}", unit="batch", disable=None if RANK == 0 else True):
+        part = slice(lo, lo + batch)
+        if not done[part].all():
+            rows[part] = encode(names[part])
+            rows.flush()  # before it counts as done
+            done[part] = 1
+            done.flush()
+    barrier()
+    return load("r")[::2]
+
+
+def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp")):
+    """Names, labels and read(name) -> bytes of the images in class folders, or in EDM's zip with
+    dataset.json."""
+    if root.is_dir():
+        with reading(f"--data {root}"):
+            names = sorted(name for name in walk(root) if name.lower().endswith(suffixes))
+        tops = [Path(n).parts[0] if len(Path(n).parts) > 1 else "" for n in names]
+        classes = sorted(set(tops))
+        if "" in classes and len(classes) > 1:
+            fail(f"--data {root}: images in class folders and beside them, such as {names[tops.index('')]}")
+        labels, read = [classes.index(top) for top in tops], lambda name: (root / name).read_bytes()
+    else:
+        with reading(f"--data {root}: neither a folder nor a zip file"):
+            archive = zipfile.ZipFile(root)
+        names, read = sorted(n for n in archive.namelist() if n.lower().endswith(suffixes)), archive.read
+        with reading(f"--data {root}: its dataset.json does not give every image a whole number"):
+            table = json.loads(read("dataset.json")) if "dataset.json" in archive.namelist() else {}
+            table = dict(table.get("labels") or {})
+            labels = [table[n] if table else 0 for n in names]
+            assert all(type(v) is int and 0 <= v < len(names) for v in labels), labels[:9]
+    if not names:
+        fail(f"--data {root}: no images ({', '.join(suffixes)}) in it")
+    return names, np.array(labels), read
+
+
+def walk(root):
+    """Names of the files below root, also through symbolic links to folders, but never back to one above."""
+    for folder, folders, files in os.walk(root, followlinks=True):
+        above = os.path.realpath(os.path.dirname(os.path.abspath(folder))) + os.sep
+        if above.startswith(os.path.realpath(folder) + os.sep):
+            folders.clear()
+        else:
+            yield from (os.path.relpath(os.path.join(folder, file), root) for file in files)
+
+
+def decode(name, read, size):
+    """The image as uint8 (3, H, W), cropped and resized to size pixels, or as it is if size is 0."""
+    with reading(f"cannot read the image {name}"):
+        image = Image.open(io.BytesIO(read(name)))
+        assert image.mode[0] not in "IF", f"{image.mode} pixels, only 8-bit images are read"
+        image = image.convert("RGB")
+    return np.asarray(centre_crop(image, size) if size else image).transpose(2, 0, 1)
+
+
+def centre_crop(image, size):
+    """ADM's crop: halve while the image is twice too large, resize its shorter side, cut out the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def download(url, path, md5=""):
+    """Fetch url into path, unless it is there, and check it. All processes call this; rank 0 does it."""
+    if RANK == 0 and not Path(path).exists():
+        with reading(f"cannot download {url}: fetch it yourself and put it at {path}"):
+            with urllib.request.urlopen(url, timeout=60) as response:
+                blob = response.read()
+        if md5 and hashlib.md5(blob).hexdigest() != md5:
+            fail(f"{url} arrived damaged (its MD5 is not {md5}): try again")
+        atomic_write(path, lambda file: file.write(blob))
+    barrier()
+
+
+# ----------------------------------------------------------------------------------------------- 5. config
+
+@dataclasses.dataclass
+class Config:
+    """The flags that all scripts share. Each script adds `mode` and the fields of its method."""
+    dataset: str = "gmm"  # gmm (points in 2-D), shapes (drawn), folder (see --data), or another preset
+    size: str = ""  # another size of the preset's network, such as M; "" is its own
+    data: str = ""  # class folders or a zip of images; cifar10: its archive; imagenet512: images or latents
+    vae: str = ""  # autoencoder of latents, a folder or hub id; "" is the dataset's own
+    out: str = ""  # the run's folder; "" is out/<script>
+    image_size: int = 0  # crop and resize images to this many pixels; 0 leaves them as they are
+    conditional: bool = False  # train a class-conditional network
+    label_dropout: float = 0.0  # how often a label is dropped in training, for guidance; 0 is off
+    teacher: str = ""  # a run's folder, a checkpoint, or exact (gmm); "" is none
+    init: str = ""  # the run to start from; "" is the teacher if that is a run; none is random weights
+    steps: int = 4000  # optimizer steps
+    batch: int = 256  # samples a step, over all processes
+    micro: int = 0  # samples that a process takes at once, accumulating gradients; 0 is all of its share
+    optimizer: Literal["adam", "adamw", "radam"] = "adam"  # adamw has weight decay 0.01
+    lr: float = 1e-3  # highest learning rate
+    lr_warmup: int = 0  # steps in which the learning rate rises linearly; 0 is off
+    lr_ref: int = 0  # steps after which the learning rate falls with their inverse square root; 0 is off
+    lr_cooldown: float = 0.0  # last share of the steps, in which it falls linearly to 0; 0 is off
+    beta2: float = 0.99  # Adam's decay of the second moment; that of the first is 0.9
+    eps: float = 1e-8  # Adam's epsilon
+    clip: float = 0.0  # largest norm of the gradient; 0 is off
+    dropout: float = 0.0  # dropout rate; for images larger than 32 pixels, only in layers at 16x16 and below
+    ema_sigma_rel: float = 0.05  # width of the power-function EMA, relative to training; 0 uses ema_halflife
+    ema_halflife: float = 5e5  # half-life of the EMA in samples; 0 too is no EMA
+    arch: Literal["edm2", "ddpmpp"] = "edm2"  # blocks of the U-Net: EDM2's, or those of EDM's CIFAR-10 runs
+    channels: int = 64  # channels of the first level; for points, of all layers
+    channel_mult: tuple = (1, 2)  # channels of each level over --channels; each level halves the image
+    blocks: int = 2  # residual blocks a level; for points, in all
+    attention: tuple = (8,)  # resolutions with self-attention
+    emb: Literal["positional", "fourier"] = "positional"  # embedding of the time
+    emb_scale: float = 1.0  # highest frequency (positional) or bandwidth (fourier) of that embedding
+    c_noise: Literal["t", "log"] = "t"  # what is embedded: t itself, or log(sigma) / 4 as in EDM
+    double_norm: bool = True  # adaptive double normalization (sCM); false is EDM2's modulation
+    norm_shift: bool = True  # double normalization scales and shifts; false only scales
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # precision of the U-Net's torso
+    checkpointing: bool = False  # store no activations within blocks: less memory, a third more time
+    compile: bool = False  # apply torch.compile to the passes that have no JVP
+    sigma_d: float = 0.5  # standard deviation of the data
+    seed: int = 0  # of weights, data, times and noise
+    log_every: int = 100  # steps between lines of log.jsonl
+    save_every: int = 1000  # steps between checkpoints
+    sample_every: int = 10**9  # steps between sample pictures while training
+    resume: bool = False  # go on from the last checkpoint in --out
+    overwrite: bool = False  # replace the run in --out
+    dry_run: bool = False  # check data and teacher, print size, memory and cost, and train nothing
+    sample: int = 0  # draw this many samples from the run in --out, instead of training
+    nfe: int = 1  # network evaluations a sample
+    label: int = -1  # class to sample; -1 takes all in turn
+    save: str = ""  # where samples go, a .png or an .npz; "" is samples.png in --out
+
+    def needs_steps(self):
+        """Whether a schedule depends on the number of steps, so that --resume cannot change it."""
+        return self.lr_cooldown > 0
+
+
+EDM2_NET = dict(channels=192, channel_mult=(1, 2, 3, 4), blocks=3, attention=(16, 8), c_noise="log",
+                double_norm=False)
+PRESETS = {  # what belongs to a dataset, whatever the method: its toy defaults, or its network
+    "gmm": dict(teacher="exact", lr_cooldown=0.3, channels=128, blocks=4, c_noise="log", emb_scale=8.0),
+    "shapes": dict(image_size=16, conditional=True, channels=32, blocks=1, steps=1000, batch=64, lr=2e-3,
+                   lr_cooldown=0.5),
+    ("shapes", "diffusion"): dict(steps=2000, lr=1e-2, lr_warmup=100, P_mean=-1.2, P_std=1.2),
+    "folder": dict(conditional=True, steps=1000, batch=128, lr=2e-3, lr_cooldown=0.5, blocks=1),
+    ("folder", "diffusion"): dict(steps=3000, lr=1e-2, lr_warmup=100, P_mean=-1.2, P_std=1.2,
+                                  label_dropout=0.1),
+    # EDM's CIFAR-10 recipe. DEPARTS: EDM trains with augmentation; here there is none
+    "cifar10": dict(arch="ddpmpp", double_norm=False, channels=128, channel_mult=(2, 2, 2), blocks=4,
+                    attention=(16,), optimizer="radam", ema_sigma_rel=0.0, save_every=2500),
+    ("cifar10", "diffusion"): dict(batch=512, steps=400_000, lr=1e-3, lr_warmup=19_531, optimizer="adam",
+                                   beta2=0.999, ema_halflife=5e5, dropout=0.13, P_mean=-1.2, P_std=1.2),
+    "imagenet64": dict(EDM2_NET, image_size=64, conditional=True, batch=2048, save_every=2500),
+    "imagenet512": dict(EDM2_NET, conditional=True, batch=2048),
+}
+NET_FIELDS = ("arch", "channels", "channel_mult", "blocks", "attention", "emb", "emb_scale", "c_noise",
+              "double_norm", "norm_shift", "sigma_d")  # arguments of the network's constructor
+FROM_TEACHER = (*NET_FIELDS, "image_size", "conditional")  # what a student takes over
+ONE_CALL = ("resume", "overwrite", "dry_run", "sample", "nfe", "label", "save")  # what a run does not keep
+# What may differ from the stored run: with --resume, what cannot change the result (--micro changes dropout).
+RESUMABLE = (*ONE_CALL, "out", "steps", "data", "log_every", "save_every", "sample_every", "micro", "compile",
+             "checkpointing")
+# What may not differ even with --sample and the like.
+FIXED = ("dataset", "mode", "label_dropout", "phases", "student_steps", "pd_start", *FROM_TEACHER)
+AT_LEAST_1 = ("steps", "batch", "nfe", "log_every", "save_every", "sample_every", "channels", "blocks",
+              "intervals", "patch", "intervals_start", "stage_steps", "phases", "student_steps", "pd_start")
+AT_MOST = dict(dropout=0.99, label_dropout=1, lr_cooldown=1, ema_sigma_rel=0.28, beta2=0.99999,
+               seed=2**63 - 1, mu=1)
+
+
+def preset(presets, dataset, mode="", size=""):
+    """The values of a preset. Later ones count: those of the dataset, its size, its mode, its size and mode,
+    and for each of these what PRESETS says, then what the script says."""
+    keys = (dataset, (dataset, size or "S"), (dataset, mode), (dataset, size or "S", mode))
+    return {k: v for key in keys for table in (PRESETS, presets) for k, v in table.get(key, {}).items()}
+
+
+def parse_args(Config, presets, modes, argv=None):
+    """Command line -> Config. For each field the last of these counts: the default, the preset, the network
+    of --init or --teacher, the stored run (--resume, --sample), the flag."""
+    script, fields = Path(inspect.getfile(Config)).stem, {f.name: f for f in dataclasses.fields(Config)}
+    flags, unknown = make_parser(Config, script, modes).parse_known_args(argv)
+    flags = vars(flags)
+    if unknown:
+        fail(f"unknown argument {unknown[0]}; the flags are --{', --'.join(fields)}")
+    flags["out"] = flags.get("out") or f"out/{script}"
+    stored = {}
+    if any(flags.get(name) for name in ("resume", "sample", "edit", "search")):
+        ckpt = read_checkpoint(flags["out"])
+        if ckpt["script"] != script:
+            fail(f"{flags['out']} was written by {ckpt['script']}.py: run that script with it")
+        stored = {k: v for k, v in ckpt["config"].items() if k in fields and k not in ONE_CALL}
+        for name, value in flags.items():
+            free = name in RESUMABLE if flags.get("resume") else name not in FIXED
+            if name == "steps" and make_config(Config, stored).needs_steps():
+                free = False
+            if not free and value != stored.get(name, value):
+                fail(f"{flags['out']} was trained with --{name} {stored[name]}: it cannot become {value}")
+    choice = {name: (stored | flags).get(name, fields[name].default) for name in ("dataset", "mode", "size")}
+    sizes = {k[1]: 1 for k in presets if type(k) is tuple and k[0] == choice["dataset"] and k[1] not in modes}
+    for name, valid in (("dataset", [d for d in presets if isinstance(d, str)]), ("mode", list(modes)),
+                        ("size", ["", *sizes])):
+        if choice[name] not in valid:
+            known = ", ".join(filter(None, valid)) or "the default"
+            fail(f"unknown {name} {choice[name]!r}; the {name}s are {known}")
+    values = preset(presets, **choice)
+    source = init_path(values | flags)
+    if source and not stored:
+        values |= {k: v for k, v in read_checkpoint(source)["config"].items() if k in FROM_TEACHER}
+    cfg = make_config(Config, values | stored | flags)
+    check_ranges(cfg, fields)
+    return cfg
+
+
+def make_config(Config, values):
+    """Config from those of the values that it knows. Ends the program if one has the wrong type, as it may
+    have in a damaged checkpoint."""
+    for field in dataclasses.fields(Config):
+        kinds = (float, int) if field.type is float else field.type
+        value = values.get(field.name, field.default)
+        if not (value in get_args(kinds) if get_args(kinds) else isinstance(value, kinds)):
+            fail(f"--{field.name} cannot be {value!r}")
+    return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config) if f.name in values})
+
+
+def make_parser(Config, script, modes):
+    """A parser with a flag for each field. Its help is the comment beside the field, the method's first."""
+    parser = argparse.ArgumentParser(script + ".py", usage=argparse.SUPPRESS, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS,
+                                     description="--mode is one of " + ", ".join(modes))
+    parser.error = fail
+    own = parser.add_argument_group(f"flags of {script}.py")
+    groups = {own: Config, parser.add_argument_group("flags of all scripts"): Config.__base__}
+    known = set()
+    for group, owner in reversed(groups.items()):
+        comment = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), re.M))
+        for field in dataclasses.fields(owner):
+            if field.name in known:
+                continue
+            known.add(field.name)
+            default = ",".join(map(str, field.default)) if field.type is tuple else field.default
+            choices = get_args(field.type) or None
+            reader = {bool: read_bool, tuple: read_numbers}.get(field.type, field.type)
+            group.add_argument("--" + field.name, choices=choices, metavar=field.name.upper(),
+                               help=f"{comment[field.name]} [{default}]".replace("%", "%%"),
+                               type=str if choices else reader,
+                               **(dict(nargs="?", const=True) if field.type is bool else {}))
+    return parser
+
+
+def read_bool(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def read_numbers(text):
+    return tuple(int(part) if part.isdigit() else float(part) for part in text.split(",") if part)
+
+
+def check_ranges(cfg, fields):
+    """Ends the program on values that no run can use."""
+    for name, field in fields.items():
+        value, least = getattr(cfg, name), int(name in AT_LEAST_1)
+        least = -math.inf if name in ("P_mean", "label") else least
+        if field.type in (int, float) and not (math.isfinite(value) and least <= value):
+            fail(f"--{name} must be a number, at least {least}, not {value}")
+        if field.type is tuple and not all(math.isfinite(v) for v in value):
+            fail(f"--{name} takes finite numbers, not {value}")
+        if name in AT_MOST and value > AT_MOST[name]:
+            fail(f"--{name} must be at most {AT_MOST[name]}, not {value}")
+    if cfg.channels % 2:
+        fail(f"--channels must be even, not {cfg.channels}")
+    if not cfg.channel_mult or not all(type(m) is int and m > 0 for m in cfg.channel_mult):
+        fail("--channel_mult takes whole numbers above 0, such as 1,2,2")
+    if not cfg.sigma_d:
+        fail("--sigma_d must be above 0")
+    if cfg.batch % (WORLD * (cfg.micro or 1)):
+        fail(f"--batch {cfg.batch} must be a multiple of processes x --micro, {WORLD} x {cfg.micro or 1}")
+    if cfg.label >= 0 and not (cfg.sample or getattr(cfg, "edit", "")):
+        fail("--label chooses what to --sample; training takes all classes")
+    if cfg.resume and cfg.overwrite:
+        fail("--resume goes on with the run in --out, --overwrite replaces it: give one of them")
+    if cfg.save and Path(cfg.save).suffix not in (".png", ".npz"):
+        fail(f"--save takes a .png or a .npz file, not {cfg.save}")
+
+
+def init_path(values):
+    """The run that the network starts from: --init, or a teacher that is a run; "" if there is neither."""
+    path = values.get("init") or values.get("teacher") or ""
+    return "" if path in ("none", "exact") or is_diffusers(path) else path
+
+
+# -------------------------------------------------------------------------------------------------- 6. run
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+
+
+def fail(message):
+    """End the program with one line on stderr and exit code 2, as every error does that a user can cause."""
+    if RANK == 0 or dist.is_initialized():  # before there is a process group, all ranks find the same error
+        tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def reading(what):
+    """Whatever a decoder, a zip, numpy, torch or the file system raises inside ends in one line, `what`."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{what} ({type(error).__name__}: {str(error)[:120]})")
+
+
+@contextlib.contextmanager
+def writing(path):
+    """The same for what a full disk, or a folder without permission, raises while something is written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError of its own for a full disk
+        full = shutil.disk_usage(Path(path).parent if Path(path).parent.exists() else ".").free < 2**20
+        cause = "No space left on device" if full else str(error)
+        fail(f"cannot write {path}: {cause}; what was there before is untouched")
+
 
 def start_processes(backend=""):
-    """Joins torchrun's processes; the device of this one."""
+    """Join the processes that torchrun has started; returns this one's device."""
     cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
     if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
         fail(f"every process needs a GPU, and there are {gpus}: lower --nproc_per_node")
@@ -1220,7 +1305,7 @@ def start_processes(backend=""):
     if cuda:
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        hours = datetime.timedelta(hours=24)  # the others wait while rank 0 decodes a dataset
+        hours = datetime.timedelta(hours=24)  # the others wait while rank 0 downloads a dataset
         dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=hours)
     return device
 
@@ -1231,296 +1316,111 @@ def barrier():
 
 
 def atomic_write(path, write):
-    """write(file) to a temporary file, then move it into place: the old one stays until the new is whole."""
+    """write(file) to a temporary file, then move it into place: the old file stays until the new is whole."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error}; what was there before is untouched")
 
 
 def read_checkpoint(path):
     """The dict in a run folder's ckpt.pt, or in a file. Loads tensors and plain values only, never code."""
-    path = Path(path) / "ckpt.pt" if Path(path).is_dir() or not Path(path).suffix else Path(path)
-    if not path.exists():
-        inside = [str(p.parent) for p in sorted(path.parent.glob("*/ckpt.pt"))]
-        fail(f"no checkpoint at {path}" + (f"; there are runs in {', '.join(inside)}" if inside else ""))
+    path = Path(path)
+    with reading(f"cannot read {path}"):
+        path = path / "ckpt.pt" if path.is_dir() or not path.suffix else path
+        if not path.exists():
+            inside = [str(p.parent) for p in sorted(path.parent.glob("*/ckpt.pt"))]
+            fail(f"no checkpoint at {path}" + (f"; there are runs in {', '.join(inside)}" if inside else ""))
     if path.suffix == ".pkl":
         return read_edm(path)
-    try:
+    with reading(f"{path} is truncated, or no checkpoint"):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds, by where the damage is
-        fail(f"{path} is truncated, or no checkpoint ({type(error).__name__})")
-    if not isinstance(ckpt, dict) or not {"script", "config", "options", "net", "ema", "step"} <= ckpt.keys():
+    kinds = dict(script=str, config=dict, options=dict, net=dict, ema=dict, step=int, seconds=float)
+    if not isinstance(ckpt, dict) or not all(isinstance(ckpt.get(k), kind) for k, kind in kinds.items()):
         fail(f"{path} was not written by one of these scripts")
     return ckpt
 
 
-class Record:
-    """What an object in a foreign pickle was: its class's name and its state. Has no behaviour."""
-
-    def __init__(self, class_name="", state=None):
-        self.class_name, self.state = class_name, state
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-def number_type(record):
-    """NumPy's dtype from the Record of one. A pickle could set the flags of a true one, and then have raw
-    bytes taken for an array of objects, that is, for pointers."""
-    if not re.fullmatch(r"[biufc]\d+", record.class_name):
-        raise pickle.UnpicklingError(f"it holds an array of {record.class_name}, not of numbers")
-    return np.dtype((">" if record.state and record.state[1] == ">" else "<") + record.class_name)
-
-
-class Array(np.ndarray):
-    def __setstate__(self, state):
-        _, shape, dtype, fortran, raw = state
-        super().__setstate__((1, shape, number_type(dtype), fortran, raw))
-
-
-def read_pickle(path):
-    """What a foreign pickle holds (networks and statistics of EDM and EDM2), without running code of its own.
-
-    It may name only what stands in `known`, and set the state only of Records and Arrays. An object of
-    torch_utils.persistence brings its own source; that is dropped, and class name and state are kept."""
-    def storage(blob):  # -> flat tensor; torch's own function would unpickle without limits
-        found = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-        return torch.empty(0, dtype=found.dtype).set_(found)
-    known = {"torch_utils.persistence._reconstruct_persistent_obj":
-                 lambda meta: Record(meta["class_name"], meta["state"]),
-             "dnnlib.util.EasyDict": dict, "collections.OrderedDict": dict,
-             "builtins.set": set, "__builtin__.set": set,
-             "torch.device": lambda *place: place,
-             "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes, in protocol 2
-             "numpy.ndarray": Record, "numpy.dtype": lambda code, *_: Record(code),
-             "numpy.multiarray._reconstruct": lambda *_: Array(0),
-             "numpy.multiarray.scalar": lambda dtype, raw: np.frombuffer(raw, number_type(dtype))[0],
-             "numpy.numeric._frombuffer": lambda raw, dtype, shape, order:
-                 np.frombuffer(raw, number_type(dtype)).reshape(shape, order=order),
-             "torch.storage._load_from_bytes": storage,
-             "torch._utils._rebuild_tensor_v2":  # as_strided checks its bounds
-                 lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset),
-             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-             **{str(dtype): dtype for dtype in DTYPES.values()}}
-
-    class Unpickler(pickle._Unpickler):  # the one in Python: in C's, BUILD cannot be restricted
-        dispatch = dict(pickle._Unpickler.dispatch)
-
-        def find_class(self, module, name):
-            full = re.sub(r"^numpy\._?core\.", "numpy.", f"{module}.{name}")  # numpy 1 and 2
-            if full not in known and not module.startswith("torch.nn.modules."):
-                raise pickle.UnpicklingError(f"it names {module}.{name}, which is not read")
-            return known.get(full, Record)
-
-        def load_build(self):
-            if not isinstance(self.stack[-2], (Record, Array)):
-                raise pickle.UnpicklingError(f"it sets the state of a {type(self.stack[-2]).__name__}")
-            super().load_build()
-        dispatch[pickle.BUILD[0]] = load_build
-    try:
-        with open(path, "rb") as file:
-            return Unpickler(file).load()
-    except Exception as error:  # whatever damage or malice brings about
-        fail(f"cannot read {path}: {type(error).__name__}: {str(error)[:100]}")
-
-
-def module_tensors(record, prefix=""):
-    """Record of a module -> {name: float32 tensor}, in the order in which they were defined."""
-    own = {**record.state["_parameters"], **record.state["_buffers"]}
-    found = {prefix + k: v.float() for k, v in own.items() if v is not None}
-    for name, child in record.state["_modules"].items():
-        found |= module_tensors(child, f"{prefix}{name}.") if child is not None else {}
-    return found
-
-
-EDM2_NAMES = {"emb_gain": "modulate.gain", "emb_linear": "modulate.linear", "conv_res0": "conv0",
-              "conv_res1": "conv1", "conv_skip": "skip", "attn_qkv": "qkv", "attn_proj": "proj"}
-EDM2_FIXED = dict(channel_mult_noise=None, channel_mult_emb=None, channels_per_head=64, label_balance=0.5,
-                  concat_balance=0.5, res_balance=0.3, attn_balance=0.3, clip_act=256, resample_filter=[1, 1])
-DDPMPP_FIXED = dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard",
-                    decoder_type="standard", channel_mult_noise=1, channel_mult_emb=4, resample_filter=[1, 1])
-
-
-def read_edm(path):
-    """A snapshot of EDM2's U-Net or EDM's DDPM++ (dict with `ema`) in the form of our checkpoints."""
-    try:
-        ema = read_pickle(path)["ema"]
-        state, kw = module_tensors(ema), ema.state["_init_kwargs"]
-        edm2 = {"Precond": True, "EDMPrecond": False}[ema.class_name]
-        for name, value in (EDM2_FIXED if edm2 else DDPMPP_FIXED).items():
-            if kw.get(name, value) != value:
-                raise ValueError(f"{name} {kw[name]}")
-        shape, classes = (kw["img_channels"], *[kw["img_resolution"]] * 2), kw.get("label_dim", 0)
-        options, weights = (from_edm2 if edm2 else from_ddpmpp)(state, kw)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
-        fail(f"{path} is no snapshot of EDM2's U-Net or EDM's DDPM++ ({type(error).__name__}: {error})")
-    config = {k: v for k, v in options.items() if k in NET_FIELDS} | dict(conditional=classes > 0)
-    options |= dict(shape=shape, classes=classes, sigma_d=kw.get("sigma_data", 0.5), head=False)
-    return dict(script="edm", config=config, options=options, net=weights, ema=weights, step=0)
-
-
-def from_edm2(state, kw):
-    """Options and weights of UNet: F has the other sign, phases are subtracted, and blocks are counted in the
-    order in which they run."""
-    options = dict(arch="edm2", channels=kw.get("model_channels", 192), blocks=kw.get("num_blocks", 3),
-                   channel_mult=tuple(kw.get("channel_mult", (1, 2, 3, 4))), emb="fourier", c_noise="log",
-                   attention=tuple(kw.get("attn_resolutions", (16, 8))), double_norm=False)
-    weights = {"cond.embed.freq": state.pop("unet.emb_fourier.freqs"),
-               "cond.embed.phase": -state.pop("unet.emb_fourier.phases"),
-               "out_gain": -state.pop("unet.out_gain")}
-    places = dict(enc=["first", *(f"enc.{i}" for i in range(99))],
-                  dec=["mid.0", "mid.1", *(f"dec.{i}" for i in range(99))])
-    place, single = {}, dict(emb_noise="cond.linear", emb_label="cond.label", out_conv="last")
-    for name, value in state.items():
-        part, *rest = name.removeprefix("unet.").split(".")
-        if part in places:
-            if (part, rest[0]) not in place:
-                place[part, rest[0]] = places[part].pop(0)
-            rest[0] = place[part, rest[0]]
-            rest[1] = EDM2_NAMES.get(rest[1], rest[1])
-            weights[".".join(rest)] = value
-        elif not part.startswith("logvar"):  # the head of its loss
-            weights[single[part] + ".weight"] = value
-    return options, weights
-
-
-def from_ddpmpp(state, kw):
-    """Options and weights of DDPMpp, without the embedding of augmentations, whose labels are zero."""
-    options = dict(arch="ddpmpp", channels=kw.get("model_channels", 128), blocks=kw.get("num_blocks", 4),
-                   channel_mult=tuple(kw.get("channel_mult", (1, 2, 2, 2))), emb="positional", c_noise="log",
-                   attention=tuple(kw.get("attn_resolutions", (16,))), double_norm=False)
-    weights = {}
-    for name, value in state.items():
-        name = re.sub(r"^model\.(map_l)", r"cond.\1", name).removeprefix("model.")
-        name = re.sub(r"^dec\.\d+x\d+_aux_(norm|conv)", lambda m: dict(norm="norm", conv="last")[m[1]], name)
-        if "resample_filter" not in name and "map_augment" not in name:
-            weights[name] = value
-    return options, weights
-
-
 def load_net(path, data=None):
-    """EMA network of a run, frozen, in eval mode; ends the program if it does not fit the data."""
+    """The EMA network of a run, frozen, in eval mode. Ends the program if it does not fit the data."""
     ckpt = read_checkpoint(path)
     options = ckpt["options"]
-    if data and tuple(options["shape"]) != data.shape:
-        fail(f"{path} is a network for data of shape {tuple(options['shape'])}; this data has {data.shape}")
-    if data and options["classes"] not in (0, data.classes):
-        fail(f"{path} is a network for {options['classes']} classes; this data has {data.classes}")
-    try:
+    with reading(f"{path} is damaged, or of another version: its weights do not fit its network"):
+        if data and tuple(options["shape"]) != data.shape:
+            fail(f"{path} is a network for shape {tuple(options['shape'])}; this data has {data.shape}")
+        if data and options["classes"] not in (0, data.classes):
+            fail(f"{path} is a network for {options['classes']} classes; this data has {data.classes}")
         net = build(options)
         net.load_state_dict(ckpt["ema"])
-        if "weak" in ckpt:  # sct.py's guidance; in a tuple, so that it is no part of net
+        if "weak" in ckpt:  # for sct.py's guidance; the tuple keeps it out of net's own modules
             net.weak = (build(options).eval().requires_grad_(False),)
             net.weak[0].load_state_dict(ckpt["weak"])
-    except (RuntimeError, TypeError, KeyError, AttributeError):
-        fail(f"{path} is damaged, or of another version of this code: its weights do not fit its network")
     return net.eval().requires_grad_(False)
 
 
-def is_diffusers(path):
-    """A folder of diffusers' UNet2DModel, or of a pipeline with one in unet/."""
-    configs = Path(path, "config.json"), Path(path, "unet", "config.json")
-    return any(file.is_file() and '"UNet2DModel"' in file.read_text() for file in configs)
-
-
-class Diffusers(nn.Module):
-    """A folder of diffusers' UNet2DModel that predicts eps, such as google/ddpm-cifar10-32, as a teacher
-    without labels. Angles are turned into its time steps along log(sigma / alpha); beyond its first and last
-    it is called with those."""
-
-    def __init__(self, path, sigma_d):
-        super().__init__()
-        from diffusers import DDPMScheduler, UNet2DModel
-        folders = ("unet", "scheduler") if Path(path, "unet").is_dir() else ("", "")
-        try:
-            self.net, self.sigma_d = UNet2DModel.from_pretrained(Path(path, folders[0])), sigma_d
-            scheduler = DDPMScheduler.from_pretrained(Path(path, folders[1]))
-        except (OSError, ValueError) as error:
-            fail(f"{path} is no complete folder of UNet2DModel and its scheduler: {str(error)[:100]}")
-        config = self.net.config
-        if config.num_class_embeds or config.class_embed_type or config.out_channels != config.in_channels:
-            fail(f"{path} takes labels or predicts variances: only networks without are known")
-        if scheduler.config.prediction_type != "epsilon":
-            fail(f"{path} predicts {scheduler.config.prediction_type}: only epsilon is known")
-        self.options = dict(shape=(config.in_channels, config.sample_size, config.sample_size), classes=0)
-        abar = (1 - scheduler.betas.double()).cumprod(0)
-        self.register_buffer("log_ratio", (1 / abar - 1).log() / 2)  # log(sigma / alpha), ascending
-
-    def forward(self, x, t, y=None, scale=None):
-        t = torch.minimum(t.double(), torch.atan(self.log_ratio[-1].exp() / self.sigma_d))
-        ratio = self.sigma_d * t.tan()
-        log = ratio.log().clamp(self.log_ratio[0], self.log_ratio[-1])
-        i = torch.searchsorted(self.log_ratio, log).clamp(1, len(self.log_ratio) - 1)
-        below, above = self.log_ratio[i - 1], self.log_ratio[i]
-        time = (i - 1 + (log - below) / (above - below)).float()
-        noisy = self.sigma_d * x / like(t.cos(), x)                                  # x_0 + ratio eps
-        eps = self.net((noisy * like((1 + ratio**2).rsqrt(), x)).float(), time).sample.to(x.dtype)
-        return like(t.cos(), x) * eps - like(t.sin() / self.sigma_d, x) * (noisy - like(ratio, x) * eps)
-
-
 def load_teacher(cfg, data, device):
-    """--teacher: 'exact' (mixtures), a run, a checkpoint, a snapshot of EDM, a UNet2DModel; None for none."""
+    """--teacher: exact (for mixtures), a run, a checkpoint, EDM's snapshot, a UNet2DModel; None if there is
+    none."""
     if cfg.teacher == "exact" and not isinstance(data, Mixture):
         fail(f"--teacher exact knows only --dataset gmm, not {cfg.dataset}: give a run folder")
-    if cfg.teacher == "exact":
-        return data
-    if is_diffusers(cfg.teacher):
-        teacher = Diffusers(cfg.teacher, cfg.sigma_d).eval().requires_grad_(False).to(device)
-        if teacher.options["shape"] != data.shape:
-            fail(f"{cfg.teacher} is for {teacher.options['shape']}; this data has {data.shape}")
-        return teacher
-    return load_net(cfg.teacher, data).to(device) if cfg.teacher else None
+    if cfg.teacher in ("", "exact"):
+        return data if cfg.teacher else None
+    if not is_diffusers(cfg.teacher):
+        return load_net(cfg.teacher, data).to(device)
+    teacher = Diffusers(cfg.teacher, cfg.sigma_d).eval().requires_grad_(False).to(device)
+    if teacher.options["shape"] != data.shape:
+        fail(f"{cfg.teacher} is for {teacher.options['shape']}; this data has {data.shape}")
+    return teacher
 
 
 def load_init(net, cfg, data):
-    """Start net from the EMA of --init or --teacher. The weighting head, part of the loss, starts anew."""
+    """Start net from the EMA of --init or --teacher. The weighting head belongs to the loss and starts anew.
+    So does guidance if the source knows none, and an embedding or a modulation whose form has changed."""
     path = init_path(vars(cfg))
-    if path:
-        source = load_net(path, data)
-        state, old = net.state_dict(), source.state_dict()
-        new = {k for k in state if ".head_" in k or ".guidance" in k and k not in old}
-        for options, parts in ((("emb", "emb_scale", "c_noise"), "cond.embed. cond.linear. cond.map_layer0."),
-                               (("double_norm", "norm_shift"), ".modulate.")):  # another form: learned anew
-            if any(source.options.get(k) not in (None, net.options[k]) for k in options):
-                new |= {k for k in state.keys() | old.keys() for part in parts.split() if part in k}
-        keep = {k for k in state.keys() | old.keys() if k not in new and ".head_" not in k}
-        for k in sorted(keep):
-            if k not in state or k not in old or state[k].shape != old[k].shape:
-                fail(f"{path} has another architecture than the flags ask for (at {k})")
-        net.load_state_dict({k: old[k] if k in keep else state[k] for k in state})
+    source = load_net(path, data)
+    state, old = net.state_dict(), source.state_dict()
+    names = {k for k in state.keys() | old.keys() if not k.startswith("head.")}
+    anew = {k for k in names if ".guidance" in k and k not in old}
+    for options, parts in ((("emb", "emb_scale", "c_noise"), "emb_fourier|emb_noise|map_layer0"),
+                           (("double_norm", "norm_shift"), "emb_linear|emb_gain|modulate")):
+        if any(source.options.get(k) not in (None, net.options[k]) for k in options):
+            anew |= {k for k in names if re.search(parts, k)}
+    for k in sorted(names - anew):
+        if k not in state or k not in old or state[k].shape != old[k].shape:
+            fail(f"{path} has another architecture than the flags ask for (at {k})")
+    net.load_state_dict(state | {k: old[k] for k in names - anew})
 
 
 def dry_run(cfg):
-    """--dry_run: data and teacher are opened and checked, the network is built without memory (device meta);
-    prints parameters, FLOPs of a forward pass and an estimate of the memory that a process needs."""
+    """--dry_run: open and check data and teacher, and build the network without memory (on the device meta).
+    Prints its parameters, the FLOPs of a forward pass, and an estimate of the memory that a process needs."""
     from torch.utils.flop_counter import FlopCounterMode
     start_processes()
     data = dataset(cfg)
     teacher = load_teacher(cfg, data, "cpu")
     with torch.device("meta"):
-        net = network(cfg, data)
+        net = network(dataclasses.replace(cfg, init="none"), data)
     own, held = {p.untyped_storage()._cdata for p in net.parameters()}, []
     for n in (1, 2):  # samples; what does not grow with them are weights in other forms
         x, t = torch.zeros(n, *data.shape, device="meta"), torch.zeros(n, device="meta")
-        y, stored = torch.zeros(n, dtype=torch.int64, device="meta") if net.options["classes"] else None, {}
+        y, kept = torch.zeros(n, dtype=torch.int64, device="meta") if net.options["classes"] else None, {}
 
-        def store(v):
+        def keep(v):
             if v.untyped_storage()._cdata not in own:
-                stored[v.untyped_storage()._cdata] = v  # kept alive, so that no two share an address
+                kept[v.untyped_storage()._cdata] = v  # stays alive, so that no two share an address
             return v
-        with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(store, store):
+        with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(keep, keep):
             net(x, t, y)
-        held.append(sum(v.untyped_storage().nbytes() for v in stored.values()))
+        held.append(sum(v.untyped_storage().nbytes() for v in kept.values()))
     parameters, sample = sum(p.numel() for p in net.parameters()), held[1] - held[0]
     copies = 5 + (teacher is not None and not isinstance(teacher, Mixture))  # net, EMA, gradient, Adam's two
     weights, micro = 4 * copies * parameters + held[0] - sample, cfg.micro or cfg.batch // WORLD
@@ -1541,7 +1441,7 @@ def make_optimizer(net, cfg):
 
 
 def learning_rate(step, cfg):
-    """Linear warm-up, EDM2's inverse square root beyond lr_ref, linear fall over the last lr_cooldown."""
+    """Linear rise, EDM2's inverse square root beyond lr_ref, linear fall over the last share, lr_cooldown."""
     lr = cfg.lr / math.sqrt(max(step / cfg.lr_ref, 1)) if cfg.lr_ref else cfg.lr
     lr *= min(1, (step + 1) / cfg.lr_warmup) if cfg.lr_warmup else 1
     left = (1 - step / cfg.steps) / cfg.lr_cooldown if cfg.lr_cooldown else 1
@@ -1550,44 +1450,87 @@ def learning_rate(step, cfg):
 
 @torch.no_grad()
 def lerp(average, net, beta):
-    """average <- beta average + (1 - beta) net."""
+    """average <- beta average + (1 - beta) net. What the two share, such as frozen weights, is left alone."""
     pairs = [(a, b) for a, b in zip(average.parameters(), net.parameters()) if a is not b]
-    if pairs:  # what the two share, such as SDXL's frozen weights, is its own average
+    if pairs:
         torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - beta)
 
 
 def update_ema(ema, net, step, cfg):
-    """After step (from 1): the average of half-life ema_halflife, or EDM2's power function of relative width
-    ema_sigma_rel, with gamma the largest root of g^3 + 7 g^2 + (16 - width^-2) g + (12 - width^-2) = 0."""
-    beta = 0.5 ** (cfg.batch / cfg.ema_halflife)
+    """The average after `step` (from 1): of half-life ema_halflife, or EDM2's power function. With relative
+    width s that has beta = (1 - 1 / step)^(gamma + 1), gamma the largest root of
+    g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2) = 0."""
+    beta = 0.5 ** (cfg.batch / cfg.ema_halflife) if cfg.ema_halflife else 0.0
     if cfg.ema_sigma_rel:
         gamma = np.roots([1, 7, 16 - cfg.ema_sigma_rel**-2, 12 - cfg.ema_sigma_rel**-2]).real.max()
         beta = (1 - 1 / step) ** (gamma + 1)
     lerp(ema, net, beta)
 
 
+def lock_folder(folder):
+    """Keep other runs out of the folder for as long as the returned file is open: the operating system drops
+    the lock with the process. Removes what killed writers have left there."""
+    try:
+        import fcntl
+    except ImportError:  # this platform has no such lock
+        return None
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")
+    file.seek(0)
+    holder = file.read()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if not holder.startswith(f"process {os.getpid()} "):  # a run that this very process has left
+            fail(f"{folder} is in use by {holder or 'another run'}: wait for it, or choose another --out")
+        return file
+    file.truncate(0)
+    print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
+    for path in folder.glob(".*.[0-9]*"):  # see atomic_write
+        path.unlink(missing_ok=True)
+    return file
+
+
+def terminated(*_):
+    """SIGTERM ends a run like Ctrl-C; the last checkpoint stays whole."""
+    if RANK == 0:
+        tqdm.write("stopped by SIGTERM; --resume goes on from the last checkpoint", file=sys.stderr)
+    raise SystemExit(143)
+
+
 class Run:
     """The mechanics of one training run: processes, device, output folder, log and checkpoints."""
+    saved = ""  # where this process has last written a checkpoint
 
     def __init__(self, cfg):
         self.cfg, self.out, self.bad, self.skipped = cfg, Path(cfg.out), 0, 0
         self.began = time.time()  # moved back by what earlier sittings of a resumed run took
+        self.new_log = not cfg.resume
         self.device = start_processes()
-        if (self.out / "ckpt.pt").exists() and not cfg.resume and not cfg.overwrite:
-            fail(f"{self.out} holds a run already: --resume it, --overwrite it, or choose another --out")
-        if cfg.overwrite and self.out.resolve() in (Path(cfg.teacher).resolve(), Path(cfg.init).resolve()):
-            fail(f"--overwrite would replace {self.out}, the --teacher or --init: choose another --out")
-        barrier()  # nobody writes before everybody has looked
-        share, micro = cfg.batch // WORLD, cfg.micro or cfg.batch // WORLD
+        if RANK == 0:
+            self.lock = lock_folder(self.out)
+        with reading(f"--out {self.out}"):
+            if (self.out / "ckpt.pt").exists() and not cfg.resume and not cfg.overwrite:
+                fail(f"{self.out} holds a run already: --resume it, --overwrite it, or choose another --out")
+            sources = Path(cfg.teacher).resolve(), Path(cfg.init).resolve()
+            if cfg.overwrite and self.out.resolve() in sources:
+                fail(f"--overwrite would replace {self.out}, the --teacher or --init: choose another --out")
+        barrier()  # all processes check --out before rank 0 writes to it
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, terminated)
+        share = cfg.batch // WORLD
+        micro = cfg.micro or share
         self.rows = [(RANK * share + i, RANK * share + i + micro) for i in range(0, share, micro)]
 
     def wrap(self, net):
-        if self.cfg.compile:  # with eager random numbers: the JVP, never compiled, needs the same masks
+        """The network that takes gradients, compiled and in DistributedDataParallel as the flags want it."""
+        if self.cfg.compile:  # with eager random numbers: the JVP is never compiled and needs the same masks
             net = torch.compile(net, options=dict(fallback_random=True))
-        return nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if WORLD > 1 else net
+        return nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
 
     def accumulate(self, net, rows):
-        """Gradients travel between processes only after the last micro-batch."""
+        """Lets gradients travel between processes after the last micro-batch only."""
         return net.no_sync() if WORLD > 1 and rows != self.rows[-1] else contextlib.nullcontext()
 
     def mean(self, value):
@@ -1597,96 +1540,109 @@ class Run:
         return value / WORLD
 
     def finite(self, *values):
-        """False if the step is to be skipped; 50 such steps running end the run."""
+        """False if the step is to be skipped. Fifty such steps in a row end the run."""
         self.bad = 0 if all(math.isfinite(v) for v in values) else self.bad + 1
         self.skipped += bool(self.bad)
         if self.bad == 50:
-            fail(f"stopped: 50 steps running had a non-finite loss or gradient; {self.out} keeps the last "
+            fail(f"stopped: 50 steps in a row had a non-finite loss or gradient; {self.out} keeps the last "
                  "checkpoint; try a lower --lr, or --dtype fp32")
         return not self.bad
 
     def resume(self, state):
-        """Load everything in `state` from the checkpoint; the step to go on from."""
+        """Load everything in `state` from the checkpoint; returns the step to go on from."""
         ckpt = read_checkpoint(self.out)
-        try:
+        with reading(f"{self.out} cannot be resumed: these flags change the network or the optimizer"):
             for name, part in state.items():
                 part.load_state_dict(ckpt[name])
             self.began = time.time() - ckpt["seconds"]
-        except (RuntimeError, KeyError, ValueError):
-            fail(f"{self.out} cannot be resumed with these flags: they change the network or the optimizer")
         if ckpt.get("world", WORLD) != WORLD and RANK == 0:
-            print(f"{self.out} was written by {ckpt['world']} processes and goes on with {WORLD}: the same "
-                  "data and noise, but sums are rounded in another order, so not bit for bit")
+            print(f"{self.out} was written by {ckpt['world']} processes and goes on with {WORLD}: data and "
+                  "noise are the same, but sums are rounded in another order, so not bit for bit")
         if ckpt["step"] >= self.cfg.steps:
             print(f"{self.out} is finished, at step {ckpt['step']}; a higher --steps goes on")
-        if RANK == 0:  # forget the lines that the checkpoint does not know
-            path = self.out / "log.jsonl"
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            lines = [line for line in lines if line.endswith(b"\n")]  # a crash can tear the last
-            kept = b"".join(line for line in lines if json.loads(line)["step"] <= ckpt["step"])
-            atomic_write(path, lambda file: file.write(kept))
+        if RANK == 0:  # forget the lines that the checkpoint does not know, and what a crash has torn
+            path, kept = self.out / "log.jsonl", []
+            with reading(f"cannot read {path}"):
+                lines = path.read_bytes().splitlines() if path.exists() else []
+            for line in lines:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    kept += [line + b"\n"] if json.loads(line)["step"] <= ckpt["step"] else []
+            atomic_write(path, lambda file: file.writelines(kept))
         return ckpt["step"]
 
-    def start(self):
-        """config.json and an empty log, once a first step has worked: so a bad flag overwrites nothing."""
-        if RANK == 0:
-            text = json.dumps(vars(self.cfg), indent=1)
-            atomic_write(self.out / "config.json", lambda file: file.write(text.encode()))
-            atomic_write(self.out / "log.jsonl", lambda file: None)
-
     def save(self, state, step):
-        """All numbers are drawn from (seed, step, position), so seed and step are the whole RNG state."""
+        """Write ckpt.pt and config.json. The first time is after the first step, so that a run whose first
+        step fails overwrites nothing. All numbers are drawn from (seed, step, position), so seed and step are
+        the whole state of the RNG."""
         if RANK:
             return
+        text = json.dumps(vars(self.cfg), indent=1)
+        atomic_write(self.out / "config.json", lambda file: file.write(text.encode()))
+        if self.new_log:  # the log of an overwritten run
+            (self.out / "log.jsonl").unlink(missing_ok=True)
+            self.new_log = False
         ckpt = {name: part.state_dict() for name, part in state.items()}
         ckpt |= dict(script=Path(inspect.getfile(type(self.cfg))).stem, config=vars(self.cfg), step=step,
                      options=state["net"].options, rng=self.cfg.seed, world=WORLD)
         ckpt["seconds"] = time.time() - self.began
         atomic_write(self.out / "ckpt.pt", lambda file: torch.save(ckpt, file))
+        Run.saved = self.out
 
     def steps(self, start):
-        """The training steps, behind a progress bar."""
+        """The training steps, behind a progress bar, or with a line every 10 s if stderr is no terminal."""
+        tty = sys.stderr.isatty()
         self.bar = tqdm(range(start, self.cfg.steps), initial=start, total=self.cfg.steps, disable=RANK > 0,
                         desc=f"{self.out} {self.cfg.mode}", unit="step", dynamic_ncols=True,
-                        mininterval=0.5 if sys.stderr.isatty() else 30)
+                        mininterval=0.5 if tty else 10, file=None if tty else Lines())
         return self.bar
 
     def log(self, step, **values):
-        """One line of log.jsonl, and the progress bar's tail. Loss and gradient are the global batch's, what
-        the method adds is rank 0's last micro-batch's."""
+        """Write one line of log.jsonl, and show its losses beside the progress bar. Loss and gradient are
+        those of the global batch; what the method adds is of rank 0's last micro-batch."""
         if RANK:
             return
         values = {k: float(v) for k, v in values.items()}
         seconds = time.time() - self.began
         line = json.dumps(dict(step=step, **values, skipped=self.skipped, seconds=round(seconds, 2),
                                samples_per_s=round(step * self.cfg.batch / seconds, 1)))
-        try:
-            with open(self.out / "log.jsonl", "a") as file:
+        with writing(self.out / "log.jsonl"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            with open(self.out / "log.jsonl", "w" if self.new_log else "a") as file:
                 file.write(line + "\n")
-        except OSError as error:
-            fail(f"cannot write {self.out}/log.jsonl: {error}; the last checkpoint is untouched")
-        self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k in ("loss", "mse", "variance")})
+        self.new_log = False
+        shown = {k: f"{v:.3g}" for k, v in values.items() if k in ("loss", "mse", "variance")}
+        self.bar.set_postfix(shown, refresh=False)
 
+
+class Lines(io.TextIOBase):
+    """stderr for a progress bar that is not on a terminal: each of its states on a line of its own."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+
+# ---------------------------------------------------------------------------------------------- 7. samples
 
 def panels(columns, path, across=0):
-    """PNG of titled panels, all side by side or `across` in a row: points (N, 2) as a density, images
-    (N, 3, H, W) uint8 as a grid, pictures of Pillow as they are."""
+    """PNG of titled panels, all in one row, or `across` in each. A panel is points (N, 2), drawn as a
+    density; images (N, 3, H, W) uint8, drawn as a grid; or a picture."""
     pictures = [v if isinstance(v, Image.Image) else density(v) if v.ndim == 2 else grid(v)
                 for v in columns.values()]
     width, height = (max(sizes) for sizes in zip(*(picture.size for picture in pictures)))
     across = across or len(pictures)
     sheet = Image.new("RGB", (across * (width + 8), -(-len(pictures) // across) * (height + 28)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, (title, picture) in enumerate(zip(columns, pictures)):
         left, top = i % across * (width + 8) + 4, i // across * (height + 28)
         sheet.paste(picture, (left, top + 24))
-        pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
         pen.text((left + width / 2, top + 12), title, "black", font, anchor="mm")
     atomic_write(path, lambda file: sheet.save(file, "PNG"))
 
 
 def density(points, size=240, half=1.0):
-    """Points (N, 2), or (N, 1) as stripes -> their density on [-half, half]^2, white to dark blue on a
-    square-root scale."""
+    """Points (N, 2) -> their density on [-half, half]^2, from white to dark blue on a square-root scale.
+    Points (N, 1) are spread out in the other direction, which draws stripes."""
     if points.shape[1] == 1:
         points = torch.cat([points.cpu(), torch.linspace(-half, half, len(points))[:, None]], dim=1)
     counts, _, _ = np.histogram2d(*points.cpu().double().numpy().T, bins=size // 2, range=[[-half, half]] * 2)
@@ -1696,7 +1652,7 @@ def density(points, size=240, half=1.0):
 
 
 def grid(images, columns=0):
-    """uint8 (N, 3, H, W) -> one picture, near-square or of so many columns; small images are enlarged."""
+    """uint8 (N, 3, H, W) -> one picture, about square or with so many columns. Small images are enlarged."""
     n, c, h, w = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     sheet = np.full((-(-n // columns) * h, columns * w, c), 255, np.uint8)
@@ -1708,19 +1664,18 @@ def grid(images, columns=0):
 
 
 def energy_distance(a, b):
-    """2 E|A - B| - E|A - A'| - E|B - B'| of points (N, d) over all pairs: the V-statistic, never negative."""
-    def mean(a, b):  # a thousand rows at a time: memory grows with N, not with its square
+    """2 E|A - B| - E|A - A'| - E|B - B'| of points (N, d), over all pairs (V-statistic, never negative)."""
+    def mean(a, b):  # a thousand rows at a time, so that memory grows with N and not with its square
         return sum(torch.cdist(rows, b).sum() for rows in a.split(1000)) / (len(a) * len(b))
     a, b = a.double().cpu(), b.double().cpu()
     return float(2 * mean(a, b) - mean(a, a) - mean(b, b))
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) between Gaussians (Heusel et al. 2017), float64.
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) between Gaussians (Heusel et al. 2017), in float64.
 
-    The trace of the root is the sum of the roots of the eigenvalues of R C2 R, R = C1^(1/2): symmetric, so
-    eigenvalues are real, and rounding below zero, as with singular covariances, is cut off.
-    """
+    The trace of the root is the sum of the roots of the eigenvalues of R C2 R, with R = C1^(1/2). That matrix
+    is symmetric, so its eigenvalues are real; what rounding leaves below zero is cut off."""
     import scipy.linalg  # not needed for training
     values, vectors = scipy.linalg.eigh(cov1)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
@@ -1729,7 +1684,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 
 def distance(a, b):
-    """Energy distance of points, Frechet distance of images as vectors of pixels."""
+    """Energy distance of points; of images, Frechet distance as vectors of pixels."""
     if a.ndim == 2:
         return energy_distance(a, b)
     a, b = (x.flatten(1).double().cpu().numpy() for x in (a, b))
@@ -1737,8 +1692,10 @@ def distance(a, b):
 
 
 def noise_and_labels(cfg, net, lo, hi, seed, device):
-    """For samples lo..hi: noise ~ N(0, sigma_d^2 I) (n, *shape); labels (--label, else 0, 1, 2, ... in turn;
-    None if the net takes none); and the Draw that goes on with sample i's own numbers, whatever lo and hi."""
+    """Where samples lo..hi start: noise ~ N(0, sigma_d^2 I) (n, *shape), labels, and a Draw for what follows.
+
+    Labels are --label, or 0, 1, 2, ... in turn; None if the net takes none. Sample i has numbers of its own,
+    whatever lo and hi are."""
     gen, classes = Draw(seed, 0, lo, hi, device), net.options["classes"]
     noise = cfg.sigma_d * gen.normal(*net.options["shape"])
     labels = torch.arange(lo, hi, device=device) % max(classes, 1)
@@ -1746,14 +1703,26 @@ def noise_and_labels(cfg, net, lo, hi, seed, device):
     return noise, labels if classes else None, gen
 
 
+EXACT_STEPS = 512  # Heun steps that count as the exact solution
+
+
+def exact_ode(data, noise, y, sigma_d):
+    """The solution of the PF-ODE of a Mixture from noise (n, D), float64."""
+    return solve(data, noise.double(), ode_times(EXACT_STEPS, sigma_d), y, sigma_d)
+
+
+def rms(a, b):
+    """Root mean square of the differences, per element."""
+    return float((a.double() - b.double()).square().mean().sqrt())
+
+
 @torch.no_grad()
 def report(cfg, run, step, sample, net, data, teacher, nfes):
-    """Pictures and metrics.json of the EMA network at the end of training, and the lines that are printed.
+    """Draw and measure what the EMA network samples, at each number of network evaluations (NFE) in nfes.
 
-    2-D: energy distance to fresh data of the samples at each number of network evaluations (NFE), of the
-    exact ODE's and of other data; ODE error E = RMS per element between the samples of nfes[0] evaluations
-    and the exact solution from the same noise. Images: the teacher's Heun samples and those of each NFE.
-    """
+    Points: the energy distance to fresh data of the samples, of the exact ODE's samples, and of other data;
+    and the ODE error E, the RMS between samples of nfes[0] evaluations and the exact solution from the same
+    noise. Images: the samples beside the teacher's. Writes samples-*.png and metrics.json."""
     if RANK:
         return
     nfes = (35,) if cfg.mode == "diffusion" else nfes
@@ -1761,32 +1730,35 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
     n = 5000 if toy else 36 if data.shape[0] == 3 and data.shape[1] <= 64 else 4
     noise, y, gen = noise_and_labels(cfg, net, 0, n, 12345, run.device)
     columns, metrics = {}, dict(seconds=round(time.time() - run.began, 1), steps=step)
+    if step == cfg.steps:
+        run.bar.close()
+    tqdm.write("drawing samples" + (" and solving the ODE exactly, about 10 s" if toy else ""))
     if toy:
-        fresh = [data.batch(Draw(cfg.seed, 2**32 + i, 0, n, run.device))[0] for i in (0, 1)]  # past any step
-        exact = solve(data, noise.double(), ode_times(512, cfg.sigma_d), y, cfg.sigma_d)
-        columns = {"data": fresh[0], "exact ODE": exact}
-        distance = {"ode": energy_distance(exact, fresh[0]), "data": energy_distance(fresh[1], fresh[0])}
+        fresh, other = (data.batch(Draw(cfg.seed, 2**32 + i, 0, n, run.device))[0] for i in (0, 1))
+        exact = exact_ode(data, noise, y, cfg.sigma_d)
+        columns = {"data": fresh, "exact ODE": exact}
+        distances = {"ode": energy_distance(exact, fresh), "data": energy_distance(other, fresh)}
     elif teacher is not None:
-        ode = solve(teacher, noise, ode_times(18, cfg.sigma_d), y, cfg.sigma_d)
-        columns = {"teacher, 35 NFE": data.to_uint8(ode)}
+        solved = solve(teacher, noise, ode_times(18, cfg.sigma_d), y, cfg.sigma_d)
+        columns = {"teacher, 35 NFE": data.to_pixels(solved)}
     for nfe in nfes:
         x = sample(net, noise, y, nfe, cfg, gen)
-        columns[f"{cfg.mode}, {nfe} NFE"] = x if toy else data.to_uint8(x)
+        columns[f"{cfg.mode}, {nfe} NFE"] = x if toy else data.to_pixels(x)
         if toy:
-            distance[str(nfe)] = energy_distance(x, fresh[0])
-            metrics.setdefault("ode_error", float((x.double() - exact).square().mean().sqrt()))
+            distances[str(nfe)] = energy_distance(x, fresh)
+            metrics.setdefault("ode_error", rms(x, exact))
     panels(columns, run.out / f"samples-{step:06d}.png")
     if toy:
-        metrics["energy_distance"] = distance
+        metrics["energy_distance"] = distances
         print("energy distance to fresh data:  " + "  ".join(
-            f"{k + ' NFE' if k.isdigit() else k} {v:.5f}" for k, v in distance.items()))
+            f"{k + ' NFE' if k.isdigit() else k} {v:.5f}" for k, v in distances.items()))
         print(f"ODE error E = {metrics['ode_error']:.4f}   (RMS of {nfes[0]} NFE against the exact solution)")
     atomic_write(run.out / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     print(f"{step} steps, {metrics['seconds']:.0f} s; wrote {run.out}/samples-{step:06d}.png")
 
 
 def write_npz(path, x, labels):
-    """ADM's .npz: arr_0 points (N, D) or uint8 (N, H, W, 3), arr_1 labels (N,) if there are any."""
+    """ADM's .npz: arr_0 holds points (N, D) or uint8 (N, H, W, 3), arr_1 the labels (N,) if there are any."""
     labels = {} if labels is None else dict(arr_1=labels.cpu().numpy())
     array = x.numpy() if x.ndim == 2 else x.permute(0, 2, 3, 1).numpy()
     atomic_write(path, lambda file: np.savez(file, arr_0=array, **labels))
@@ -1794,7 +1766,7 @@ def write_npz(path, x, labels):
 
 @torch.no_grad()
 def write_samples(cfg, sample):
-    """--sample N --nfe K: a grid (.png), or ADM's .npz."""
+    """--sample N --nfe K: write a picture (.png), or ADM's .npz."""
     if RANK:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -1810,7 +1782,7 @@ def write_samples(cfg, sample):
         labels.append(y)
     x = torch.cat(parts)
     path = Path(cfg.save or f"{cfg.out}/samples.png")
-    values = x if toy else torch.cat([to_uint8(part.to(device), cfg).cpu() for part in parts])
+    values = x if toy else torch.cat([to_pixels(part.to(device), cfg).cpu() for part in parts])
     if toy:
         fresh, _ = dataset(cfg).batch(Draw(cfg.seed, 2**32, 0, min(len(x), 5000)))
         print(f"energy distance to fresh data, {cfg.nfe} NFE: {energy_distance(x[:5000], fresh):.5f}")
@@ -1821,7 +1793,175 @@ def write_samples(cfg, sample):
     print(f"wrote {path}")
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] != ["latents"]:
-        fail("python common.py latents --src IMAGES --out FOLDER encodes images; the rest is a library")
-    encode_latents(sys.argv[2:])
+# -------------------------------------------------------------------------------- 8. other projects' files
+
+class Record:
+    """What an object in a foreign pickle was: the name of its class, and its state. It has no behaviour."""
+
+    def __init__(self, class_name="", state=None):
+        self.class_name, self.state = class_name, state
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class Array(np.ndarray):
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, raw = state
+        super().__setstate__((1, shape, number_type(dtype), fortran, raw))
+
+
+def number_type(record):
+    """NumPy's dtype from the Record of one. A pickle could set the flags of a true dtype, and then have raw
+    bytes taken for an array of objects, that is, for pointers."""
+    if not re.fullmatch(r"[biufc]\d+", record.class_name):
+        raise pickle.UnpicklingError(f"it holds an array of {record.class_name}, not of numbers")
+    return np.dtype((">" if record.state and record.state[1] == ">" else "<") + record.class_name)
+
+
+def torch_storage(blob):
+    """A tensor's flat storage. torch's own function would unpickle the blob without limits."""
+    found = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    return torch.empty(0, dtype=found.dtype).set_(found)
+
+
+def torch_tensor(flat, offset, size, stride, *_):
+    """A tensor on that storage. Strides of 0 could make terabytes of a small file; as_strided checks
+    bounds."""
+    if math.prod(size) > flat.numel():
+        raise pickle.UnpicklingError("it holds a tensor larger than its storage")
+    return flat.as_strided(size, stride, offset)
+
+
+# All that a foreign pickle may name. A persistent object brings its own code, which is dropped.
+PICKLE_NAMES = {
+    "torch_utils.persistence._reconstruct_persistent_obj":
+        lambda meta: Record(meta["class_name"], meta["state"]),
+    "dnnlib.util.EasyDict": dict, "collections.OrderedDict": dict,
+    "builtins.set": set, "__builtin__.set": set,
+    "torch.device": lambda *place: place,
+    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes, in protocol 2
+    "numpy.ndarray": Record, "numpy.dtype": lambda code, *_: Record(code),
+    "numpy.multiarray._reconstruct": lambda *_: Array(0),
+    "numpy.multiarray.scalar": lambda dtype, raw: np.frombuffer(raw, number_type(dtype))[0],
+    "numpy.numeric._frombuffer": lambda raw, dtype, shape, order:
+        np.frombuffer(raw, number_type(dtype)).reshape(shape, order=order),
+    "torch.storage._load_from_bytes": torch_storage,
+    "torch._utils._rebuild_tensor_v2": torch_tensor,
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    **{str(dtype): dtype for dtype in DTYPES.values()}}
+
+
+class Unpickler(pickle._Unpickler):
+    """Reads PICKLE_NAMES and Records, and sets the state of Records and Arrays alone. It extends the
+    unpickler written in Python, because C's cannot be kept from setting the state of anything."""
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def find_class(self, module, name):
+        full = re.sub(r"^numpy\._?core\.", "numpy.", f"{module}.{name}")  # numpy 1 and 2
+        if full not in PICKLE_NAMES and not module.startswith("torch.nn.modules."):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not read")
+        return PICKLE_NAMES.get(full, Record)
+
+    def load_build(self):
+        if not isinstance(self.stack[-2], (Record, Array)):
+            raise pickle.UnpicklingError(f"it sets the state of a {type(self.stack[-2]).__name__}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def read_pickle(path):
+    """What a foreign pickle (networks, statistics of EDM and EDM2) holds, without running code of its own."""
+    with reading(f"cannot read {path}"), open(path, "rb") as file:
+        return Unpickler(file).load()
+
+
+def module_tensors(record, prefix="", seen=()):
+    """The Record of a module -> {name: float32 tensor}, in the order in which they were defined."""
+    if id(record) in seen:  # a module within itself
+        raise ValueError(f"{prefix} holds itself")
+    own = {**record.state["_parameters"], **record.state["_buffers"]}
+    found = {prefix + k: v.float() for k, v in own.items() if v is not None}
+    for name, child in record.state["_modules"].items():
+        if child is not None:
+            found |= module_tensors(child, f"{prefix}{name}.", (*seen, id(record)))
+    return found
+
+
+EDM_FIXED = dict(  # what these networks could do otherwise and ours cannot
+    edm2=dict(channel_mult_noise=None, channel_mult_emb=None, channels_per_head=64, label_balance=0.5,
+              concat_balance=0.5, res_balance=0.3, attn_balance=0.3, clip_act=256, resample_filter=[1, 1]),
+    ddpmpp=dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard",
+                decoder_type="standard", channel_mult_noise=1, channel_mult_emb=4, resample_filter=[1, 1]))
+EDM_DEFAULTS = dict(
+    edm2=dict(model_channels=192, num_blocks=3, channel_mult=(1, 2, 3, 4), attn_resolutions=(16, 8)),
+    ddpmpp=dict(model_channels=128, num_blocks=4, channel_mult=(1, 2, 2, 2), attn_resolutions=(16,)))
+EDM_NAMES = ((r"^(unet|model)\.", ""), (r"^(emb|map)_", r"embedding.\1_"),
+             (r"^dec\.\d+x\d+_aux_(norm|conv)", r"out_\1"))  # theirs -> ours
+EDM_DROPPED = "logvar|map_augment|resample_filter"  # the loss's head; augmentation labels, which are zero
+
+
+def read_edm(path):
+    """A snapshot of EDM2's U-Net or EDM's DDPM++ (a dict with `ema`), in the form of our checkpoints."""
+    content = read_pickle(path)
+    with reading(f"{path} is no snapshot of EDM2's U-Net or EDM's DDPM++"):
+        arch = dict(Precond="edm2", EDMPrecond="ddpmpp")[content["ema"].class_name]
+        kw = EDM_DEFAULTS[arch] | content["ema"].state["_init_kwargs"]
+        for name, value in EDM_FIXED[arch].items():
+            if kw.get(name, value) != value:
+                raise ValueError(f"{name} {kw[name]}")
+        weights = {}
+        for name, value in module_tensors(content["ema"]).items():
+            if not re.search(EDM_DROPPED, name):
+                for theirs, ours in EDM_NAMES:
+                    name = re.sub(theirs, ours, name)
+                weights[name] = value
+        classes = kw.get("label_dim", 0)
+        options = dict(arch=arch, channels=kw["model_channels"], blocks=kw["num_blocks"], double_norm=False,
+                       channel_mult=tuple(kw["channel_mult"]), attention=tuple(kw["attn_resolutions"]),
+                       emb="fourier" if arch == "edm2" else "positional", c_noise="log")
+        shape = (kw["img_channels"], kw["img_resolution"], kw["img_resolution"])
+    config = options | dict(conditional=classes > 0)
+    options |= dict(shape=shape, classes=classes, sigma_d=kw.get("sigma_data", 0.5), head=False)
+    return dict(script="edm", config=config, options=options, net=weights, ema=weights, step=0, seconds=0.0)
+
+
+def is_diffusers(path):
+    """Whether path is a folder of diffusers' UNet2DModel, or of a pipeline with one in unet/."""
+    with reading(f"cannot read {path}"):
+        configs = Path(path, "config.json"), Path(path, "unet", "config.json")
+        return any(file.is_file() and '"UNet2DModel"' in file.read_text() for file in configs)
+
+
+class Diffusers(nn.Module):
+    """diffusers' UNet2DModel that predicts eps, such as google/ddpm-cifar10-32, as a teacher without labels.
+    Angles become its time steps along log(sigma / alpha); beyond its first and last it is called with
+    those."""
+
+    def __init__(self, path, sigma_d):
+        super().__init__()
+        from diffusers import DDPMScheduler, UNet2DModel
+        folders = ("unet", "scheduler") if Path(path, "unet").is_dir() else ("", "")
+        with reading(f"{path} is no complete folder of UNet2DModel and its scheduler"):
+            self.net, self.sigma_d = UNet2DModel.from_pretrained(Path(path, folders[0])), sigma_d
+            scheduler = DDPMScheduler.from_pretrained(Path(path, folders[1]))
+        config = self.net.config
+        if config.num_class_embeds or config.class_embed_type or config.out_channels != config.in_channels:
+            fail(f"{path} takes labels or predicts variances: only networks without are known")
+        if scheduler.config.prediction_type != "epsilon":
+            fail(f"{path} predicts {scheduler.config.prediction_type}: only epsilon is known")
+        self.options = dict(shape=(config.in_channels, config.sample_size, config.sample_size), classes=0)
+        abar = (1 - scheduler.betas.double()).cumprod(0)
+        self.register_buffer("log_ratio", (1 / abar - 1).log() / 2)  # log(sigma / alpha), ascending
+
+    def forward(self, x, t, y=None, guidance=None):
+        t = torch.minimum(t.double(), torch.atan(self.log_ratio[-1].exp() / self.sigma_d))
+        ratio = self.sigma_d * t.tan()
+        log = ratio.log().clamp(self.log_ratio[0], self.log_ratio[-1])
+        i = torch.searchsorted(self.log_ratio, log).clamp(1, len(self.log_ratio) - 1)
+        below, above = self.log_ratio[i - 1], self.log_ratio[i]
+        time = (i - 1 + (log - below) / (above - below)).float()
+        noisy = self.sigma_d * x / like(t.cos(), x)                                  # x_0 + ratio eps
+        eps = self.net((noisy * like((1 + ratio**2).rsqrt(), x)).float(), time).sample.to(x.dtype)
+        return like(t.cos(), x) * eps - like(t.sin() / self.sigma_d, x) * (noisy - like(ratio, x) * eps)

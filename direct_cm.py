@@ -1,4 +1,4 @@
-"""Direct CM: a student that solves the ODE directly, beside a consistency model; which samples better?
+"""Direct CM: a student that solves the ODE directly, beside a consistency model. Which one samples better?
 Vouitsis et al., "Inconsistencies In Consistency Models: Better ODE Solving Does Not Imply Better Samples",
 2024.
 
@@ -10,7 +10,9 @@ CM                || f(z_t, t) - f^-(z_s, s) ||^2,  z_s one solver step of the t
 Direct CM         || f(z_t, t) - z_0 ||^2,  z_0 the solver's solution, all steps from t to 0         Eq. 5
 between them      --hops n: z_s after n solver steps;  f^-(z_0, 0) = z_0, so Direct CM is n = N
 ODE error         E = distance of f(z_T, T) from the solver's solution, from the same noise          Eq. 6
+
 f^- is f under stop-gradient. The teacher is guided: eps = eps_u + w (eps_c - eps_u), Imagen's form.
+
 Differs from cm.py by: 1) a discrete VP schedule; 2) hops; 3) guidance of the teacher; 4) two students trained
 on the same draws (--mode both), and the paper's table of E beside sample quality.
 
@@ -22,11 +24,13 @@ on the same draws (--mode both), and the paper's table of E beside sample qualit
         --vae madebyollin/sdxl-vae-fp16-fix --data FOLDER --mode cm --dtype fp16 --out out/sdxl
     python direct_cm.py --sample 4 --prompt "a red fox in the snow" --nfe 4 --out out/sdxl
 
-With --pretrained the network is SDXL's with LoRA, the teacher the same without, x_0 a latent, y a caption.
-SD 1.5 works as well, with --image_size 512.
+With --pretrained the student is SDXL's U-Net with LoRA, the teacher the same without; x_0 is a latent and y a
+caption. SD 1.5 works as well, with --image_size 512.
 """
 # ------------------------------------------------------------------------------------------------- imports
 import copy
+import csv
+import json
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -42,79 +46,27 @@ from common import like
 
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
-class Config:
-    dataset: str = "gmm"  # gmm (2-D), shapes, folder (--data), or another of PRESETS
-    mode: str = "both"  # training objective, see --help's first lines
-    size: str = ""  # other size of the preset's network, such as M; "" = its own
-    data: str = ""  # class folders or EDM-style zip; cifar-10-binary.tar.gz (cifar10); latents (imagenet512)
-    vae: str = ""  # autoencoder of latents, a folder or hub id; "" = the dataset's own
-    out: str = ""  # the run's folder; "" = out/<script>
-    image_size: int = 0  # crop and resize images to this many pixels; 0 = as they are
-    conditional: bool = False  # class-conditional network
-    label_dropout: float = 0.0  # probability of training without the label, for guidance
-    teacher: str = ""  # exact (gmm), a run's folder or checkpoint file; "" = none
-    init: str = ""  # run to start from; "" = the teacher if it is a run, none = random weights
-    steps: int = 4000  # optimizer steps
-    batch: int = 256  # global batch, in samples
-    micro: int = 0  # most samples a process takes at once (gradient accumulation); 0 = all
-    optimizer: Literal["adam", "adamw", "radam"] = "adam"  # adamw: weight decay 0.01
-    lr: float = 1e-3  # peak learning rate
-    lr_warmup: int = 0  # steps of linear warm-up; 0 = off
-    lr_ref: int = 0  # steps after which lr falls with the inverse square root; 0 = off
-    lr_cooldown: float = 0.0  # last share of the steps, in which lr falls linearly to 0; 0 = off
-    beta2: float = 0.99  # Adam's second moment; the first is 0.9
-    eps: float = 1e-8  # Adam's epsilon
-    clip: float = 0.0  # gradient norm clipping; 0 = off
-    dropout: float = 0.0  # in residual blocks; of the U-Net above 32 pixels, at 16 and below; 0 = off
-    ema_sigma_rel: float = 0.05  # width of the power-function EMA, relative to training; 0 = use ema_halflife
-    ema_halflife: float = 5e5  # half-life of the EMA in samples
-    arch: Literal["edm2", "ddpmpp"] = "edm2"  # the U-Net: EDM2's, or DDPM++ as in EDM's CIFAR-10 runs
-    channels: int = 64  # width of the first level (of all blocks in 2-D)
-    channel_mult: tuple = (1, 2)  # width of each level over channels; a level halves the image
-    blocks: int = 2  # residual blocks a level (in all, in 2-D)
-    attention: tuple = (8,)  # resolutions with self-attention
-    emb: Literal["positional", "fourier"] = "positional"  # time embedding: positional or fourier
-    emb_scale: float = 1.0  # highest frequency (positional), bandwidth (fourier)
-    c_noise: Literal["t", "log"] = "t"  # what is embedded: t itself, or log(sigma)/4 as in EDM
-    double_norm: bool = True  # adaptive double normalization; false = EDM2's modulation
-    norm_shift: bool = True  # double normalization scales and shifts; false = scales, as EDM2's layers
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the U-Net's torso
-    checkpointing: bool = False  # store no activations within blocks: less memory, a third more time
-    compile: bool = False  # torch.compile the passes that have no JVP
-    sigma_d: float = 0.5  # standard deviation of the data
-    seed: int = 0  # of weights, data, times and noise
-    log_every: int = 100  # steps between lines of log.jsonl
-    save_every: int = 1000  # steps between checkpoints
-    sample_every: int = 10**9  # steps between sample pictures while training
-    resume: bool = False  # go on from the last checkpoint in --out
-    overwrite: bool = False  # replace the run in --out
-    dry_run: bool = False  # check data and teacher, print size, memory and cost; train nothing
-    sample: int = 0  # draw this many samples from the run in --out, instead of training
-    nfe: int = 1  # network evaluations a sample
-    label: int = -1  # class to sample; -1 = all in turn
-    save: str = ""  # .png or .npz to write samples to; "" = samples.png in --out
-    # --- method
+class Config(common.Config):
+    mode: str = "both"  # training objective; both trains the two students one after the other
     intervals: int = 100  # N, solver steps from noise to data; divides 1000
-    hops: int = 0  # solver steps before f^- takes over; 0 = the mode's own: 1 of cm, all of direct
-    solver: Literal["ddim", "euler", "heun"] = "ddim"  # of the teacher
-    w: float = 1.0  # guidance of the teacher, 1 = off; needs --conditional (the paper: 9)
-    metric: Literal["l2", "huber"] = "l2"  # d; huber with c = 0.001, elementwise
-    pretrained: str = ""  # SDXL: folder or hub id of a diffusers pipeline; --data: images with captions
-    lora_rank: int = 64  # SDXL: rank, and alpha, of the adapters
+    hops: int = 0  # cm: solver steps before f^- takes over; 0 is one
+    solver: Literal["ddim", "euler", "heun"] = "ddim"  # the teacher's
+    guidance: float = 1.0  # w, strength of the teacher's guidance (the paper has 9); 1 is off
+    metric: Literal["l2", "huber"] = "l2"  # distance d; huber is elementwise with c = 0.001
+    pretrained: str = ""  # SDXL: folder or hub id of a diffusers pipeline; --data is images with captions
+    lora_rank: int = 64  # SDXL: rank of the adapters, and their alpha
     prompt: str = ""  # SDXL: what to --sample, through diffusers' pipeline
 
 
 # ------------------------------------------------------------------------------------------------- PRESETS
 PRESETS = {
-    "gmm": dict(teacher="exact", steps=3000, lr_cooldown=0.3, channels=128, blocks=4, c_noise="log",
-                emb_scale=8.0),
-    "shapes": dict(image_size=16, conditional=True, channels=32, blocks=1, steps=1000, batch=64, lr=2e-3,
-                   lr_cooldown=0.5),
-    "folder": dict(conditional=True, steps=500, batch=128, lr=2e-3, lr_cooldown=0.5, blocks=1),
-    # E (mean square), FID of 1 step (DDIM): cm 0.29, 103.9; direct 0.25, 158.6. An EMA this short is none.
-    # DEPARTS: PyTorch's AdamW, not its 8-bit form.
-    "sdxl": dict(conditional=True, mode="cm", image_size=1024, steps=250, batch=16, micro=1, lr=1e-4, w=9.0,
-                 optimizer="adamw", beta2=0.999, clip=1.0, ema_sigma_rel=0.0, ema_halflife=1e-3,
+    "gmm": dict(steps=3000),
+    "shapes": {},
+    "folder": dict(steps=500),
+    # E (mean square) and FID of 1 step (DDIM): cm 0.29, 103.9; direct 0.25, 158.6. No EMA, as in the paper.
+    # DEPARTS: paper 8-bit AdamW; here PyTorch's
+    "sdxl": dict(conditional=True, mode="cm", image_size=1024, steps=250, batch=16, micro=1, lr=1e-4,
+                 guidance=9.0, optimizer="adamw", beta2=0.999, clip=1.0, ema_sigma_rel=0.0, ema_halflife=0.0,
                  save_every=50),
 }
 
@@ -125,42 +77,49 @@ ABAR = torch.cat([torch.ones(1, dtype=torch.float64), (1 - BETAS).cumprod(0)])  
 
 
 def alpha_sigma(t):
-    """t (B,) int64 labels -> (B,) float64, (B,) float64; (1, 0) at t = 0."""
+    """Labels t (B,) int64 -> (B,) float64, (B,) float64; (1, 0) at t = 0."""
     abar = ABAR.to(t.device)[t]
     return abar.sqrt(), (1 - abar).sqrt()
 
 
-def predict(net, z_t, t, y, cfg, w=1.0):
-    """x_0 and eps of a network or a teacher, t > 0; with guidance if w is not 1."""
+def times(gen, step, cfg):
+    """Labels t of the grid, uniform, and s, --hops solver steps below or 0; (B,) int64."""
+    stride = 1000 // cfg.intervals
+    t = (1 + gen.index(cfg.intervals)) * stride
+    return t, (t - (cfg.hops or 1) * stride).clamp(min=0)
+
+
+def predict(net, z_t, t, y, cfg, guidance=1.0):
+    """x_0 and eps of a network or a teacher, for t > 0, with a strength of guidance."""
     alpha, sigma = alpha_sigma(t)
     if cfg.pretrained:
         eps = net(z_t, t, y)
-        if w != 1:
+        if guidance != 1:
             eps_uncond = net(z_t, t, torch.full_like(y, -1))
-            eps = eps_uncond + w * (eps - eps_uncond)
+            eps = eps_uncond + guidance * (eps - eps_uncond)
         return (z_t - like(sigma, z_t) * eps) / like(alpha, z_t), eps
     x_t, angle = common.to_trigflow(z_t, alpha, sigma, cfg.sigma_d)
     F = net(x_t / cfg.sigma_d, angle, y)
-    if w != 1:
+    if guidance != 1:
         F_uncond = net(x_t / cfg.sigma_d, angle, torch.full_like(y, -1))
-        F = F_uncond + w * (F - F_uncond)  # linear in eps, at the same z_t
+        F = F_uncond + guidance * (F - F_uncond)  # linear in eps, at the same z_t
     x_0 = like(angle.cos(), x_t) * x_t - like(angle.sin(), x_t) * cfg.sigma_d * F
     return x_0, (z_t - like(alpha, x_t) * x_0) / like(sigma, x_t)
 
 
 def slope(teacher, z_t, t, y, cfg):
-    """dz/dt of the PF-ODE over t / 1000, beta(t) = 1000 betas[t - 1]; at 0 with the first beta and sigma.
-    # DEPARTS: and with label 1; the paper's code gives the network 0 there."""
+    """dz/dt of the PF-ODE over t / 1000, with beta(t) = 1000 betas[t - 1]."""
+    # DEPARTS: at t = 0 the paper's code gives the network label 0; here it gets label 1, with the first beta
     t = t.clamp(min=1)
     beta, (_, sigma) = 1000 * BETAS.to(t.device)[t - 1], alpha_sigma(t)
-    _, eps = predict(teacher, z_t, t, y, cfg, cfg.w)
+    _, eps = predict(teacher, z_t, t, y, cfg, cfg.guidance)
     return like(beta / 2, z_t) * (eps / like(sigma, z_t) - z_t)
 
 
-def solver_step(teacher, z_t, t, s, y, cfg):
+def ode_step(teacher, z_t, t, s, y, cfg):
     """One step of --solver from t down to s."""
     if cfg.solver == "ddim":
-        x_0, eps = predict(teacher, z_t, t, y, cfg, cfg.w)
+        x_0, eps = predict(teacher, z_t, t, y, cfg, cfg.guidance)
         alpha, sigma = alpha_sigma(s)
         return like(alpha, z_t) * x_0 + like(sigma, z_t) * eps
     dt, v_t = like((s - t) / 1000, z_t), slope(teacher, z_t, t, y, cfg)
@@ -169,23 +128,23 @@ def solver_step(teacher, z_t, t, s, y, cfg):
 
 
 @torch.no_grad()
-def hop(teacher, z_t, t, n, y, cfg):
-    """z_s and s, n solver steps down from each sample's own t, or at 0. A sample that has arrived is not fed
-    to the teacher again: of N steps from uniform t that saves nearly half."""
-    z, s, stride = z_t.clone(), t.clone(), 1000 // cfg.intervals
-    for _ in range(n):
-        rows = (s > 0).nonzero()[:, 0]
-        if not len(rows):
-            break
-        now = s[rows]
-        s[rows] = now - stride
-        z[rows] = solver_step(teacher, z[rows], now, now - stride, None if y is None else y[rows], cfg)
-    return z, s
+def solve(teacher, z_t, t, s, y, cfg):
+    """z_s, by solver steps from each sample's own t down to its s.
+
+    A sample that has arrived is not fed to the teacher again. Of N steps from uniform t that saves nearly
+    half."""
+    z, now, stride = z_t.clone(), t.clone(), 1000 // cfg.intervals
+    while (now > s).any():
+        rows = (now > s).nonzero()[:, 0]
+        labels = None if y is None else y[rows]
+        z[rows] = ode_step(teacher, z[rows], now[rows], now[rows] - stride, labels, cfg)
+        now[rows] -= stride
+    return z
 
 
 # ----------------------------------------------------------------------------------- consistency function f
 def f(net, z_t, t, y, cfg):
-    """LCM's boundary scalings; f(x, 0) = x. t in labels, so beyond 0 c_skip is all but 0."""
+    """LCM's boundary scalings; f(x, 0) = x. As t counts in labels, c_skip is all but 0 beyond t = 0."""
     scaled = 10.0 * t.double()
     c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25).sqrt()
     x_0, _ = predict(net, z_t, t.clamp(min=1), y, cfg)
@@ -197,12 +156,13 @@ METRICS = {"l2": lambda a, b: (a - b).square().flatten(1).mean(1),
            "huber": lambda a, b: ((a - b).square() + 0.001**2).sqrt().flatten(1).mean(1) - 0.001}
 
 
-def consistency(net, target, teacher, x0, y, step, cfg, gen, hops):
-    """Eq. 4 with f^- after so many hops."""
-    t = (1 + gen.index(cfg.intervals)) * (1000 // cfg.intervals)
+def noisy(x0, t, gen):
     alpha, sigma = alpha_sigma(t)
-    z_t = like(alpha, x0) * x0 + like(sigma, x0) * gen.normal(*x0.shape[1:])
-    z_s, s = hop(teacher, z_t, t, hops, y, cfg)
+    return like(alpha, x0) * x0 + like(sigma, x0) * gen.normal(*x0.shape[1:])
+
+
+def consistency(net, target, z_t, t, z_s, s, y, cfg, gen):
+    """The distance of f at t from f^- at s, with the same dropout masks. At s = 0 that is z_s itself."""
     gen.same_dropout()
     prediction = f(net, z_t, t, y, cfg)
     if s.any():
@@ -214,12 +174,18 @@ def consistency(net, target, teacher, x0, y, step, cfg, gen, hops):
 
 def cm(net, target, teacher, x0, y, step, cfg, gen):
     """Consistency distillation (Eq. 4)."""
-    return consistency(net, target, teacher, x0, y, step, cfg, gen, cfg.hops or 1)
+    t, s = times(gen, step, cfg)
+    z_t = noisy(x0, t, gen)
+    z_s = solve(teacher, z_t, t, s, y, cfg)
+    return consistency(net, target, z_t, t, z_s, s, y, cfg, gen)
 
 
 def direct(net, target, teacher, x0, y, step, cfg, gen):
-    """Direct CM (Eq. 5): no bootstrapping."""
-    return consistency(net, target, teacher, x0, y, step, cfg, gen, cfg.hops or cfg.intervals)
+    """Direct CM (Eq. 5): the teacher's own solution at 0, without f^-."""
+    t, _ = times(gen, step, cfg)
+    z_t, s = noisy(x0, t, gen), torch.zeros_like(t)
+    z_0 = solve(teacher, z_t, t, s, y, cfg)
+    return consistency(net, target, z_t, t, z_0, s, y, cfg, gen)
 
 
 LOSSES = {"cm": cm, "direct": direct}
@@ -228,8 +194,8 @@ LOSSES = {"cm": cm, "direct": direct}
 # ------------------------------------------------------------------------------------------------- sampler
 @torch.no_grad()
 def sample(net, noise, y, nfe, cfg, gen):
-    """noise ~ N(0, sigma_d^2 I) (B, ...) -> x_0: f, noise of the next level, f, and so on, on nfe labels
-    spread over the grid from 1000 down."""
+    """noise ~ N(0, sigma_d^2 I) (B, ...) -> x_0: f, noise of the next level, f, and so on. The nfe levels are
+    spread over the grid from label 1000 down."""
     z, stride = noise / cfg.sigma_d, 1000 // cfg.intervals
     labels = [1000 - stride * round(i * cfg.intervals / nfe) for i in range(nfe)]
     for i, label in enumerate(labels):
@@ -241,25 +207,86 @@ def sample(net, noise, y, nfe, cfg, gen):
     return z
 
 
-class Captions:
-    """Images of --data as latents, and their captions as prompt embeddings, by the parts of --pretrained.
+# --------------------------------------------------------------------------------------------------- train
+def train(cfg):
+    run = common.Run(cfg)
+    data = Captions(cfg, run.device) if cfg.pretrained else common.dataset(cfg, run.device)  # <- method
+    teacher = SDXL(cfg, data) if cfg.pretrained else common.load_teacher(cfg, data, run.device)  # <- method
+    net = teacher.student() if cfg.pretrained else common.network(cfg, data, head=False)  # <- method
+    net.to(run.device)  # <- method
+    target = net  # <- method: the live network itself is the branch without gradient
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = common.make_optimizer(net, cfg)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
+    state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
+    start = run.resume(state) if cfg.resume else 0
+    wrapped = run.wrap(net)  # takes the gradients; the bare net does everything else
+    for step in run.steps(start):
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(step, cfg)
+        total = torch.zeros([], device=run.device)
+        for rows in run.rows:  # of the global batch, a micro-batch at a time
+            gen = common.Draw(cfg.seed, step, *rows, run.device)
+            x0, y = data.batch(gen)
+            with run.accumulate(wrapped, rows):
+                loss, info = LOSSES[cfg.mode](wrapped, target, teacher, x0, y, step, cfg, gen)
+                scaler.scale(loss / len(run.rows)).backward()
+            total += loss.detach() / len(run.rows)
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip or math.inf)
+        total = run.mean(total)
+        if run.finite(total, grad_norm):
+            scaler.step(optimizer)
+            common.normalize_weights(net)
+            common.update_ema(ema, net, step + 1, cfg)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        done = step + 1
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
+        if done % cfg.save_every == 0 or done in (1, cfg.steps):
+            run.save(state, done)
+        if done % cfg.sample_every == 0 or done == cfg.steps:
+            solved = None if cfg.pretrained else teacher  # <- method: SDXL is no network of our convention
+            common.report(cfg, run, done, sample, ema, data, solved, (1, 2, 4))  # <- method
 
-    Computed once. # DEPARTS: the latents are the posterior's means, not samples drawn anew each time."""
+
+# -------------------------------------------------------------------------------------------------- extras
+def read_captions(cfg):
+    """[(image path, caption)] of --data: metadata.jsonl or .csv (file_name, text), or a .txt beside each
+    image."""
+    root = Path(cfg.data)
+    with common.reading(f"--data {root}: every image needs a caption, in metadata.jsonl or metadata.csv "
+                        "(file_name, text), or in a .txt of its name"):
+        if (root / "metadata.jsonl").exists():
+            rows = map(json.loads, (root / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
+        elif (root / "metadata.csv").exists():
+            rows = csv.DictReader((root / "metadata.csv").read_text(encoding="utf-8").splitlines())
+        else:
+            images = (p for p in root.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+            rows = (dict(file_name=path.relative_to(root), text=path.with_suffix(".txt").read_text("utf-8"))
+                    for path in sorted(images))
+        pairs = [(root / row["file_name"], row["text"].strip()) for row in rows]
+    return pairs or common.fail(f"--data {root}: no images with captions in it")
+
+
+class Captions:
+    """Images of --data as latents, and their captions as prompt embeddings, by the parts of --pretrained."""
+    # DEPARTS: paper samples latents anew each time; here they are the posterior's means, computed once
 
     def __init__(self, cfg, device):
         from diffusers import AutoencoderKL, DiffusionPipeline
-        pairs, size = common.read_captions(cfg), cfg.image_size
-        part = dict(subfolder="vae") if not cfg.vae else {}
-        try:
+        pairs = read_captions(cfg)
+        with common.reading(f"--pretrained {cfg.pretrained} is not a readable SDXL pipeline or SD 1.5"):
+            part = dict(subfolder="vae") if not cfg.vae else {}
             self.vae = AutoencoderKL.from_pretrained(cfg.vae or cfg.pretrained, **part).to(device)
             pipe = DiffusionPipeline.from_pretrained(cfg.pretrained, unet=None, vae=None).to(device)
             assert type(pipe).__name__ in ("StableDiffusionXLPipeline", "StableDiffusionPipeline"), type(pipe)
-        except Exception as error:  # missing files, no network, another kind of pipeline
-            common.fail(f"--pretrained {cfg.pretrained} is not a readable SDXL pipeline or SD 1.5 ({error})")
         self.vae.requires_grad_(False)
         latents, prompts, pooled = [], [], []
         for path, caption in common.tqdm(pairs, desc="encode", leave=False, disable=None):
-            x = common.read_image(path, (3, size, size), crop=True).to(device)
+            x = common.decode(path, Path.read_bytes, cfg.image_size).copy()
+            x = torch.from_numpy(x)[None].to(device).float() / 127.5 - 1
             with torch.no_grad():
                 latents.append(self.vae.encode(x).latent_dist.mean.cpu() * self.vae.config.scaling_factor)
                 embedding, _, *more = pipe.encode_prompt(caption, device=device, num_images_per_prompt=1,
@@ -270,19 +297,19 @@ class Captions:
         self.shape, self.classes, self.cfg = tuple(self.latents.shape[1:]), len(pairs), cfg
 
     def batch(self, gen):
-        """x0 (B, 4, H / 8, W / 8); y (B,) index of the caption."""
+        """x0 (B, 4, H / 8, W / 8), and y (B,), the index of the caption."""
         y = gen.index(self.classes)
         return self.latents[y.cpu()].to(gen.device), gen.labels(y, self.cfg)
 
     def condition(self, y):
-        """Prompt embeddings (B, L, C) and pooled (B, P) for captions y; zeros for -1."""
+        """Prompt embeddings (B, L, C) and pooled ones (B, P) of captions y; zeros for -1."""
         rows, known, tables = y.clamp(min=0).cpu(), (y >= 0).float().cpu(), (self.prompts, self.pooled)
         return ((table[rows] * like(known, table)).to(y.device) for table in tables)
 
     @torch.no_grad()
-    def to_uint8(self, x):
+    def to_pixels(self, x):
         x = torch.cat([self.vae.decode(v[None] / self.vae.config.scaling_factor).sample for v in x])
-        return common.Images.to_uint8(x)
+        return common.to_uint8(x)
 
 
 LORA = ("to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,"
@@ -315,7 +342,7 @@ class SDXL(torch.nn.Module):
         return SDXL(self.cfg, self.data, self.unet).train()
 
     def forward(self, z_t, t, y):
-        if self.cfg.micro and len(z_t) > self.cfg.micro:  # sampling: no more at once than in training
+        if self.cfg.micro and len(z_t) > self.cfg.micro:  # sampling takes no more at once than training
             parts = zip(*(v.split(self.cfg.micro) for v in (z_t, t, y)))
             return torch.cat([self(*part) for part in parts])
         prompts, pooled = self.data.condition(y)
@@ -337,65 +364,16 @@ class SDXL(torch.nn.Module):
         set_peft_model_state_dict(self.unet, state)
 
     def __deepcopy__(self, memo):
-        """Its own LoRA on the same frozen weights."""
+        """A copy with its own LoRA on the same frozen weights."""
         memo |= {id(p): p for p in self.unet.parameters() if not p.requires_grad}
         return SDXL(self.cfg, self.data, copy.deepcopy(self.unet, memo))
 
 
-# --------------------------------------------------------------------------------------------------- train
-def train(cfg):
-    run = common.Run(cfg)
-    data = Captions(cfg, run.device) if cfg.pretrained else common.dataset(cfg, run.device)  # <- method
-    teacher = SDXL(cfg, data) if cfg.pretrained else common.load_teacher(cfg, data, run.device)  # <- method
-    net = teacher.student() if cfg.pretrained else common.network(cfg, data, head=False)  # <- method
-    common.load_init(net, cfg, data)
-    net.to(run.device)
-    target = net  # <- method: the live network itself is the stop-gradient branch
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = common.make_optimizer(net, cfg)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
-    state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
-    start = run.resume(state) if cfg.resume else 0
-    wrapped = run.wrap(net)  # for gradients; the bare net for everything else
-    for step in run.steps(start):
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, cfg)
-        total = torch.zeros([], device=run.device)
-        for rows in run.rows:  # of the global batch, a micro-batch at a time
-            gen = common.Draw(cfg.seed, step, *rows, run.device)
-            x0, y = data.batch(gen)
-            with run.accumulate(wrapped, rows):
-                loss, info = LOSSES[cfg.mode](wrapped, target, teacher, x0, y, step, cfg, gen)
-                scaler.scale(loss / len(run.rows)).backward()
-            total += loss.detach() / len(run.rows)
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip or math.inf)
-        total = run.mean(total)
-        if run.finite(total, grad_norm):
-            scaler.step(optimizer)
-            common.normalize_weights(net)
-            common.update_ema(ema, net, step + 1, cfg)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        done = step + 1
-        if done == 1:
-            run.start()
-        if done % cfg.log_every == 0 or done == cfg.steps:
-            run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
-        if done % cfg.save_every == 0 or done in (1, cfg.steps):
-            run.save(state, done)
-        if done % cfg.sample_every == 0 or done == cfg.steps:
-            nfes = (1, 2, 4)  # <- method
-            solved = None if cfg.pretrained else teacher  # <- method: SDXL is no network of our convention
-            common.report(cfg, run, done, sample, ema, data, solved, nfes)  # <- method
-
-
-# ---------------------------------------------------------------------------------------------------- main
 @torch.no_grad()
 def compare(cfg, paths):
-    """The paper's Table 1 in small. E: RMS per element (the paper's is the mean square) between f from pure
-    noise and the solver's solution from the same (Eq. 6). Quality: energy distance in 2-D, Frechet distance
-    of pixels for images, to the teacher's own samples from other noise; SDXL: E alone, between latents."""
+    """The paper's Table 1 in small: E (Eq. 6; root mean square per element, where the paper has the mean
+    square), and quality. Quality is the energy distance of points, or the Frechet distance of pixels, to the
+    teacher's own samples from other noise. For SDXL there is E alone, between latents."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = Captions(cfg, device) if cfg.pretrained else common.dataset(cfg, device)
     teacher = (SDXL(cfg, data) if cfg.pretrained else common.load_teacher(cfg, data, device)).to(device)
@@ -405,11 +383,11 @@ def compare(cfg, paths):
     def start(seed):  # noise, labels, and the numbers that follow
         return common.noise_and_labels(cfg, shape, 0, n, seed, device)
 
-    def solve(noise, y, gen):
+    def solution(noise, y, gen):
         top = torch.full((n,), 1000, device=device)
-        return hop(teacher, noise / cfg.sigma_d, top, cfg.intervals, y, cfg)[0]
-    solved, reference = solve(*start(12345)), None if cfg.pretrained else solve(*start(54321))
-    print(f"| {cfg.solver}, N = {cfg.intervals}, w = {cfg.w:g} | E | 1 step | 2 steps | 4 steps |")
+        return solve(teacher, noise / cfg.sigma_d, top, torch.zeros_like(top), y, cfg)
+    solved, reference = solution(*start(12345)), None if cfg.pretrained else solution(*start(54321))
+    print(f"| {cfg.solver}, N = {cfg.intervals}, w = {cfg.guidance:g} | E | 1 step | 2 steps | 4 steps |")
     print("| --- " * 5 + "|")
 
     def quality(*samples):
@@ -422,21 +400,22 @@ def compare(cfg, paths):
             net = common.load_net(path).to(device)
         noise, y, gen = start(12345)  # the same for every student, and for the solver
         x = [sample(net, noise, y, nfe, cfg, gen) for nfe in (1, 2, 4)]
-        print(f"| {Path(path).name} | {(x[0] - solved).square().mean().sqrt():.4f} | {quality(*x)} |")
+        print(f"| {Path(path).name} | {common.rms(x[0], solved):.4f} | {quality(*x)} |")
     print(f"| solver, {cfg.intervals} steps | 0 | {quality(solved)} | | |")
 
 
 def export(path):
-    """pytorch_lora_weights.safetensors, as StableDiffusionXLPipeline.load_lora_weights reads it."""
+    """Write pytorch_lora_weights.safetensors, as StableDiffusionXLPipeline.load_lora_weights reads it."""
     from diffusers import StableDiffusionXLPipeline
     StableDiffusionXLPipeline.save_lora_weights(path, unet_lora_layers=common.read_checkpoint(path)["ema"])
     print(f"wrote {path}/pytorch_lora_weights.safetensors")
 
 
 def painter(cfg, prompts):
-    """draw(nfe, lo, hi) -> uint8 images (n, 3, H, W) of the prompts lo..hi: the run's LoRA in diffusers' own
-    pipeline with LCMScheduler, whose labels are one below those of training (999, 749, .. for 1000, 750, ..),
-    as in every SDXL sampler. Each prompt has a seed of its own."""
+    """draw(nfe, lo, hi) -> uint8 images (n, 3, H, W) of the prompts lo..hi, each with a seed of its own.
+
+    Draws with the run's LoRA in diffusers' own pipeline and LCMScheduler, whose labels are one below those of
+    training (999, 749, .. for 1000, 750, ..), as in every SDXL sampler."""
     from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler
     half = common.DTYPES[cfg.dtype]
     vae = dict(vae=AutoencoderKL.from_pretrained(cfg.vae, torch_dtype=half)) if cfg.vae else {}
@@ -453,6 +432,7 @@ def painter(cfg, prompts):
     return draw
 
 
+# ---------------------------------------------------------------------------------------------------- main
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     words = ["--mode" if word == "--loss" else word for word in words]  # the paper's code calls it so
@@ -460,14 +440,14 @@ def main(argv=None):
     cfg = common.parse_args(Config, PRESETS, LOSSES | {"both": None}, words)
     if 1000 % cfg.intervals:
         common.fail(f"--intervals must divide 1000, and {cfg.intervals} does not")
-    if cfg.w != 1 and not cfg.conditional:
-        common.fail("--w guides a class-conditional teacher: add --conditional, or leave --w at 1")
+    if cfg.guidance != 1 and not cfg.conditional:
+        common.fail("--guidance guides a class-conditional teacher: add --conditional, or leave it at 1")
     if cfg.nfe > cfg.intervals or cfg.intervals < 4 and not cfg.sample:
         common.fail(f"--intervals {cfg.intervals} are too few: a sample takes at most one step for each")
     if cfg.prompt and cfg.save.endswith(".npz"):
         common.fail("--prompt writes pictures: --save takes a .png file")
-    if cfg.hops and cfg.mode == "both":
-        common.fail("--hops goes with one student: add --mode cm")
+    if cfg.hops and cfg.mode != "cm":
+        common.fail("--hops goes with --mode cm")
     if cfg.dataset == "sdxl" and not (cfg.pretrained and (cfg.data or cfg.sample)):
         common.fail("--dataset sdxl needs --pretrained PATH_OR_HUB_ID and --data FOLDER")
     if cfg.dry_run and cfg.pretrained:
@@ -483,19 +463,24 @@ def main(argv=None):
         common.dry_run(cfg)
     elif not cfg.teacher and not cfg.pretrained:
         common.fail("the students distill a teacher: give --teacher RUN (or exact, for gmm)")
-    else:  # the same seed, so the same weights, data, times and noise
-        runs = {f"{cfg.out}/{mode}": mode for mode in LOSSES} if cfg.mode == "both" else {cfg.out: cfg.mode}
-        if len(runs) > 1 and not cfg.overwrite and any(Path(path, "ckpt.pt").exists() for path in runs):
-            common.fail(f"{cfg.out} holds students already: --overwrite both, or --resume --out {cfg.out}/cm")
-        try:
-            for path, mode in runs.items():
-                train(replace(cfg, mode=mode, out=path))
-                if cfg.pretrained and common.RANK == 0:
-                    export(path)
-            if common.RANK == 0:
-                compare(cfg, list(runs))
-        except torch.OutOfMemoryError:
-            common.fail("not enough GPU memory: lower --micro or --image_size, or use --dtype fp16")
+    else:
+        train_and_compare(cfg)
+
+
+def train_and_compare(cfg):
+    """Train the student, or both with the same seed, so from the same weights, data, times and noise."""
+    runs = {f"{cfg.out}/{mode}": mode for mode in LOSSES} if cfg.mode == "both" else {cfg.out: cfg.mode}
+    if len(runs) > 1 and not cfg.overwrite and any(Path(path, "ckpt.pt").exists() for path in runs):
+        common.fail(f"{cfg.out} holds students already: --overwrite both, or --resume --out {cfg.out}/cm")
+    try:
+        for path, mode in runs.items():
+            train(replace(cfg, mode=mode, out=path))
+            if cfg.pretrained and common.RANK == 0:
+                export(path)
+        if common.RANK == 0:
+            compare(cfg, list(runs))
+    except torch.OutOfMemoryError:
+        common.fail("not enough GPU memory: lower --micro or --image_size, or use --dtype fp16")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """Compare runs: python eval.py out/scm out/cm --nfe 1 2 4 [--features inception] [--samples 50000]
 
-Each run is sampled by the script that its checkpoint names, from its EMA weights and from the same noise for
-all runs. Sample i depends on i alone, so neither --batch nor the number of processes (torchrun) changes it. A
-.npz of samples in ADM's layout stands for a run, too, and --write writes one for each run and NFE, which
-guided-diffusion's evaluator and dgm-eval read. Prints a Markdown table; writes eval.json and eval.png.
+Each run is sampled by the script that its checkpoint names, from its EMA weights, and from the same noise as
+all others. Sample i depends on i alone, so neither --batch nor the number of processes (torchrun) changes it.
+An .npz of samples in ADM's layout may stand for a run, too; --write writes one for each run and NFE, which
+guided-diffusion's evaluator and dgm-eval read. Prints a Markdown table and writes eval.json and eval.png.
 
     python eval.py --toy 3000           trains every mode of every script on the 2-D ring, and compares them
 
-2-D     energy_distance     V-statistic between n samples and n fresh points: biased, above 0 even for data
+points  energy_distance     V-statistic between n samples and n fresh points: biased, above 0 even for data
         sliced_wasserstein  root mean square W_2 over 128 directions, n samples and n fresh points: biased
-        mode_shares         share of samples within 4 standard deviations of each mode
-        ode_error           RMS per element, samples against the exact PF-ODE solution from the same noise
-        exact_ode           the energy distance of that solution: the floor for energy_distance
+        mode_shares         share of the samples within 4 standard deviations of each mode
+        ode_error           RMS per element between samples and the exact solution from the same noise
+        exact_ode           the energy distance of that solution, below which no student is to come
 images  frechet_distance    n samples, all reference images, covariances over n - 1: biased, falls with n;
-                            the FID if --features inception and n = 50,000 (features resize to 299 themselves)
+                            the FID with --features inception and n = 50,000 (which resizes to 299 itself)
         inception_score     exp E KL(p(y|x) || p(y)), mean of 10 splits: biased; needs class probabilities
         kid                 MMD^2 with kernel (x.y / d + 1)^3, U-statistic: unbiased; at most 10,000 of each
         precision, recall   k = 3 nearest neighbours; at most 10,000 samples and reference images
@@ -26,6 +26,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ import torch.nn.functional as tnf
 from tqdm import tqdm
 
 import common
-from common import RANK, WORLD, fail
+from common import RANK, WORLD, fail, reading
 
 INCEPTION = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
              "inception-2015-12-05.pt")
@@ -51,18 +52,19 @@ TOY = dict(scm=("diffusion", "scd", "sct", "dscd"), cm=("cd", "ct", "ict", "ctcd
 
 # ------------------------------------------------------------------------------------------------- samples
 def open_run(path, prompts, device):
-    """A run folder, checkpoint or .npz as (its columns of the table, cfg, draw(nfe, lo, hi) -> x, noise, y),
-    with x (B, D) or uint8 (B, 3, H, W); noise is None where the exact solution makes no sense."""
+    """A run folder, checkpoint or .npz as (its columns of the table, cfg, draw(nfe, lo, hi) -> x, noise, y).
+
+    x is (B, D) or uint8 (B, 3, H, W); noise is None where there is no exact solution to compare with."""
     if str(path).endswith(".npz"):
         x = torch.from_numpy(adm_samples(read_npz(path), path))
         return dict(run=str(path), n=len(x)), None, lambda nfe, lo, hi: (x[lo:hi], None, None)
     ckpt = common.read_checkpoint(path)
-    if ckpt["script"] not in TOY:
-        fail(f"{path} names an unknown script, {ckpt['script']!r}")
-    script = importlib.import_module(ckpt["script"])
-    known = script.Config.__dataclass_fields__
-    cfg = script.Config(**{k: v for k, v in ckpt["config"].items() if k in known})
-    columns = dict(run=str(path), method=ckpt["script"], mode=cfg.mode, samples_seen=ckpt["step"] * cfg.batch,
+    name = str(ckpt["script"])  # a script beside this file, and nothing else, may be imported
+    if not re.fullmatch(r"\w+", name) or not Path(__file__).with_name(name + ".py").exists():
+        fail(f"{path} names an unknown script, {name!r}")
+    script = importlib.import_module(name)
+    cfg = common.make_config(script.Config, ckpt["config"])
+    columns = dict(run=str(path), method=name, mode=cfg.mode, samples_seen=ckpt["step"] * cfg.batch,
                    seconds=round(ckpt["seconds"]))
     if getattr(cfg, "pretrained", ""):
         prompts = prompts or fail(f"{path} draws from text: give --prompts FILE")
@@ -72,7 +74,7 @@ def open_run(path, prompts, device):
     def draw(nfe, lo, hi):
         noise, y, gen = common.noise_and_labels(cfg, net, lo, hi, 0, device)
         x = script.sample(net, noise, y, nfe, cfg, gen)
-        x = x if x.ndim == 2 else common.to_uint8(x, cfg)
+        x = x if x.ndim == 2 else common.to_pixels(x, cfg)
         return x.cpu(), noise.cpu(), None if y is None else y.cpu()
     return columns, cfg, draw
 
@@ -92,18 +94,15 @@ def gather(*tensors):
 
 
 def join(parts):
-    """[(a0, b0, ..), (a1, b1, ..)] -> [a0 and a1, b0 and b1, ..] one below the other, without the Nones."""
+    """[(a0, b0, ..), (a1, b1, ..)] -> [a0 over a1, b0 over b1, ..], leaving out what is None."""
     columns = [[part for part in column if part is not None] for column in zip(*parts)]
     return [torch.cat(column) if column else None for column in columns]
 
 
 def read_npz(path):
     """The arrays in an .npz; never unpickles."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except Exception as error:  # numpy and zipfile raise many kinds
-        fail(f"cannot read {path}: {error}")
+    with reading(f"cannot read {path}"), np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
 
 
 def adm_samples(file, path):
@@ -114,24 +113,23 @@ def adm_samples(file, path):
     return x if x.ndim == 2 else x.transpose(0, 3, 1, 2)
 
 
-# ----------------------------------------------------------------------------------------- metrics in 2-D
+# -------------------------------------------------------------------------------------- metrics of points
 def sliced_wasserstein(a, b, directions=128):
     """Root mean square over random directions of the 1-D Wasserstein-2 distance of points (N, d), equal N."""
     theta = torch.randn(a.shape[1], directions, generator=torch.Generator().manual_seed(0)).double()
     theta /= theta.norm(dim=0)
     a, b = ((x.double() @ theta).sort(0).values for x in (a, b))
-    return float((a - b).square().mean().sqrt())
+    return common.rms(a, b)
 
 
 def mode_shares(x, mixture):
-    """Share of points (N, D) that lie within 4 standard deviations of each mean, (K,)."""
+    """Share of the points (N, D) that lie within 4 standard deviations of each mean, (K,)."""
     distance, nearest = torch.cdist(x.double(), mixture.mean).min(1)
     counts = torch.bincount(nearest[distance <= 4 * mixture.std], minlength=mixture.classes)
     return (counts / len(x)).tolist()
 
 
-def points(x, noise, y, nfe, cfg):
-    """The metrics of points (n, D)."""
+def measure_points(x, noise, y, nfe, cfg):
     if not cfg:
         fail("points from a file say nothing of their data: give the run's folder")
     data = common.dataset(cfg)
@@ -139,16 +137,15 @@ def points(x, noise, y, nfe, cfg):
     row = dict(energy_distance=common.energy_distance(x, fresh), mode_shares=mode_shares(x, data),
                sliced_wasserstein=sliced_wasserstein(x, fresh))
     segments = getattr(cfg, "student_steps", 0) or getattr(cfg, "phases", 1) > 1
-    if nfe == 1 or cfg.mode == "diffusion" or segments:  # others add fresh noise: other samples, no error
-        exact = common.solve(data, noise.double(), common.ode_times(512, cfg.sigma_d), y, cfg.sigma_d)
-        row |= dict(ode_error=float((x.double() - exact).square().mean().sqrt()),
-                    exact_ode=common.energy_distance(exact, fresh))  # what no student is to beat
+    if nfe == 1 or cfg.mode == "diffusion" or segments:  # the others add noise, so they solve no ODE
+        exact = common.exact_ode(data, noise, y, cfg.sigma_d)
+        row |= dict(ode_error=common.rms(x, exact), exact_ode=common.energy_distance(exact, fresh))
     return row
 
 
-# ------------------------------------------------------------------------------------- metrics of images
+# -------------------------------------------------------------------------------------- metrics of images
 class Moments:
-    """Mean and covariance, float64, of features that arrive in batches: memory is that of one covariance."""
+    """Mean and covariance, float64, of features that arrive in batches. Memory is that of one covariance."""
 
     def __init__(self):
         self.n, self.sum, self.outer = 0, 0, 0
@@ -164,33 +161,57 @@ class Moments:
         return mean.numpy(), ((self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)).numpy()
 
 
-def kid(a, b):
+def kernel_sum(x, y):
+    return sum(((rows @ y.T / y.shape[1] + 1) ** 3).sum() for rows in x.split(1000))
+
+
+def own_kernel(x):
+    """Mean of KID's kernel over the pairs of features (N, d), without the diagonal."""
+    x = x.double()
+    return (kernel_sum(x, x) - ((x.square().mean(1) + 1) ** 3).sum()) / (len(x) * (len(x) - 1))
+
+
+def kid(a, b, own_b=None):
     """Kernel inception distance (Binkowski et al. 2018) of features (N, d) and (M, d)."""
-    def total(x, y):
-        return sum(((rows @ y.T / y.shape[1] + 1) ** 3).sum() for rows in x.split(1000))
-
-    def own(x):  # without the diagonal
-        return (total(x, x) - ((x.square().mean(1) + 1) ** 3).sum()) / (len(x) * (len(x) - 1))
-    a, b = a.double(), b.double()
-    return float(own(a) + own(b) - 2 * total(a, b) / (len(a) * len(b)))
+    own_b = own_kernel(b) if own_b is None else own_b
+    cross = kernel_sum(a.double(), b.double()) / (len(a) * len(b))
+    return float(own_kernel(a) + own_b - 2 * cross)
 
 
-def precision_recall(samples, real, k=3):
+def distances(x, y):
+    return (torch.cdist(rows.double(), y.double()) for rows in x.split(1000))
+
+
+def reach(x, k=3):
+    """Distance of each of the features (N, d) to its k-th neighbour, (N,)."""
+    return torch.cat([d.kthvalue(min(k + 1, len(x))).values for d in distances(x, x)])  # the first is itself
+
+
+def precision_recall(samples, real, reach_real=None):
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, d) and (M, d): the share of
-    samples within reach of a real image, the distance to its k-th neighbour, and the other way round."""
-    def distances(x, y):
-        return (torch.cdist(rows.double(), y.double()) for rows in x.split(1000))
-
-    def covered(x, y):
-        reach = torch.cat([d.kthvalue(min(k + 1, len(y))).values for d in distances(y, y)])  # 1: itself
-        return sum((d <= reach).any(1).sum().item() for d in distances(x, y)) / len(x)
-    return dict(precision=covered(samples, real), recall=covered(real, samples))
+    samples within reach of a real image, and of real images within reach of a sample."""
+    def covered(x, y, reach_y):
+        return sum((d <= reach_y).any(1).sum().item() for d in distances(x, y)) / len(x)
+    reach_real = reach(real) if reach_real is None else reach_real
+    return dict(precision=covered(samples, real, reach_real), recall=covered(real, samples, reach(samples)))
 
 
 def inception_score(p, splits=10):
     """exp of the mean KL divergence of class probabilities (N, K) from their mean (Salimans et al. 2016)."""
     parts = p.double().clamp(min=1e-16).chunk(min(splits, len(p)))
     return float(sum((q * (q / q.mean(0)).log()).sum(1).mean().exp() for q in parts) / len(parts))
+
+
+def measure_images(moments, features, probabilities, ref):
+    """The metrics of images: from the moments of their features, the first features, class probabilities."""
+    if len(ref.mean) != features.shape[1]:
+        fail(f"--reference has {len(ref.mean)} features an image, --features gives {features.shape[1]}")
+    row = dict(frechet_distance=common.frechet_distance(
+        *moments.mean_and_covariance(), ref.mean, ref.covariance))
+    if ref.features is not None:
+        row |= dict(kid=kid(features, ref.features, ref.own))
+        row |= precision_recall(features, ref.features, ref.reach)
+    return row | (dict(inception_score=inception_score(probabilities)) if probabilities is not None else {})
 
 
 def feature_network(name, weights, device):
@@ -211,10 +232,8 @@ def feature_network(name, weights, device):
         common.download(INCEPTION, path)
     if not path.exists():
         fail(f"no feature network at {path}: give --features inception, dinov2, pixels or a TorchScript file")
-    try:
+    with reading(f"{path} is no TorchScript module"):
         net = torch.jit.load(path, map_location=device).eval()
-    except (RuntimeError, ValueError, OSError) as error:
-        fail(f"{path} is no TorchScript module ({str(error).splitlines()[0][:80]})")
 
     def script(x):
         x, known = x.to(device), [argument.name for argument in net.forward.schema.arguments]
@@ -227,41 +246,35 @@ def feature_network(name, weights, device):
 
 def pretrained(kind, given, hub, flag):
     """A network of transformers from the folder or hub id given with flag, else from the hub."""
-    try:
+    with reading(f"cannot load {given or hub}: download https://huggingface.co/{hub} and give its folder "
+                 f"with {flag}"):
         return kind.from_pretrained(given or hub)
-    except (OSError, ValueError) as error:
-        fail(f"cannot load {given or hub} ({str(error).splitlines()[0][:80]}): download the folder "
-             f"https://huggingface.co/{hub} and give it with {flag} PATH")
 
 
-def statistics(images, features, batch):
-    """Mean and covariance of the features of uint8 images (N, 3, H, W), and the features of KEEP of them."""
-    kept = np.zeros(len(images), bool)
-    kept[np.random.default_rng(0).permutation(len(images))[:KEEP]] = True
-    moments, some = Moments(), []
-    for lo, hi in rounds(len(images), batch, "reference"):
-        own = features(torch.from_numpy(np.array(images[lo:hi])))[0] if lo < hi else None
-        both = gather(own, torch.from_numpy(kept[lo:hi]) if lo < hi else None)
-        moments.add(both[0])
-        some.append(both[0][both[1]])
-    return *moments.mean_and_covariance(), torch.cat(some)
+# ----------------------------------------------------------------------------------------------- reference
+class Reference:
+    """What samples are compared with: the moments of features and, unless a file holds moments alone, up to
+    KEEP of the features, with their own share of KID and of precision, which is the same for all rows."""
+
+    def __init__(self, mean, covariance, features=None):
+        self.mean, self.covariance, self.features = mean, covariance, features
+        self.own, self.reach = (None, None) if features is None else (own_kernel(features), reach(features))
 
 
-def reference(args, cfg, features):
-    """Mean, covariance and some features of the reference images. --reference: EDM's .npz (mu, sigma) and
-    EDM2's .pkl (fid, fd_dinov2) hold moments alone; ADM's .npz holds images (arr_0) beside Inception's
-    moments; else class folders, a zip, or the run's own data, whose statistics are kept in data/cache."""
+def load_reference(args, cfg, features):
+    """--reference. EDM's .npz (mu, sigma) and EDM2's .pkl (fid, fd_dinov2) hold moments alone; ADM's .npz
+    holds images (arr_0) beside Inception's moments. Otherwise class folders, a zip, or the run's own data."""
     path, file = args.reference or "", {}
     if path.endswith(".pkl"):
         file, name = common.read_pickle(path), dict(inception="fid", dinov2="fd_dinov2").get(args.features)
         if not isinstance(file, dict) or name not in file:
             held = ", ".join(map(str, file)) if isinstance(file, dict) else "no table"
             fail(f"--reference {path} holds {held}: not for --features {args.features}")
-        return *read_moments(file[name], path), None
+        return Reference(*read_moments(file[name], path))
     if path.endswith(".npz"):
         file = read_npz(path)
         if "mu" in file and "arr_0" not in file and args.features == "inception":
-            return *read_moments(file, path), None
+            return Reference(*read_moments(file, path))
         if "arr_0" not in file:
             fail(f"--reference {path} holds no images, and moments are good for --features inception alone")
         images = adm_samples(file, path)
@@ -270,13 +283,22 @@ def reference(args, cfg, features):
     else:
         if not path and (not cfg or cfg.dataset == "imagenet512"):
             fail("samples and latents need --reference: class folders, a zip, or a file of statistics")
-        size = args.image_size or getattr(cfg, "image_size", 0)
-        own = (vars(cfg) if cfg else {}) | dict(image_size=size)
+        own = (vars(cfg) if cfg else {}) | dict(image_size=args.image_size or getattr(cfg, "image_size", 0))
         other = dict(dataset="folder", data=path) if path else {}
-        plain = dict(conditional=False, channel_mult=(1,))  # no labels, no network to fit
-        images = common.dataset(SimpleNamespace(**own | other | plain)).images
+        plain = dict(conditional=False, channel_mult=(1,))  # no labels, and no network to fit
+        images = common.dataset(SimpleNamespace(**own | other | plain)).rows
     if len(images) < 2:
         fail("one reference image has no covariance: give --reference more")
+    table = cached_statistics(images, features, args)
+    moments = file if "mu" in file and args.features == "inception" else table
+    return Reference(*read_moments(moments, path), torch.from_numpy(table["features"]))
+
+
+def cached_statistics(images, features, args):
+    """Mean (mu) and covariance (sigma) of the features of uint8 images (N, 3, H, W), and KEEP of the
+    features.
+
+    They are kept in data/cache under a digest of the images and the feature network."""
     digest = hashlib.sha1(args.features.encode())
     for part in range(0, len(images), 1000):
         digest.update(np.ascontiguousarray(images[part:part + 1000]))
@@ -284,37 +306,31 @@ def reference(args, cfg, features):
         digest.update(Path(name).read_bytes() if Path(name).is_file() else name.encode())
     cache = Path("data/cache", f"features-{digest.hexdigest()[:16]}.npz")
     if not cache.exists():
-        mu, sigma, some = statistics(images, features, args.batch)
+        kept = np.zeros(len(images), bool)
+        kept[np.random.default_rng(0).permutation(len(images))[:KEEP]] = True
+        moments, some = Moments(), []
+        for lo, hi in rounds(len(images), args.batch, "reference"):
+            own = features(torch.from_numpy(np.array(images[lo:hi])))[0] if lo < hi else None
+            both = gather(own, torch.from_numpy(kept[lo:hi]) if lo < hi else None)
+            moments.add(both[0])
+            some.append(both[0][both[1]])
+        mu, sigma = moments.mean_and_covariance()
         if RANK == 0:
-            common.atomic_write(cache, lambda out: np.savez(out, mu=mu, sigma=sigma, features=some.numpy()))
+            arrays = dict(mu=mu, sigma=sigma, features=torch.cat(some).numpy())
+            common.atomic_write(cache, lambda out: np.savez(out, **arrays))
         common.barrier()
-    table = read_npz(cache)
-    moments = file if "mu" in file and args.features == "inception" else table
-    return *read_moments(moments, path), torch.from_numpy(table["features"])
+    return read_npz(cache)
 
 
 def read_moments(table, path):
     """mu (d,) and sigma (d, d) of a table of EDM, EDM2, ADM or our own."""
-    try:
+    with reading(f"--reference {path} holds no mean (mu) and covariance (sigma) of features"):
         mu, sigma = np.asarray(table["mu"], np.float64), np.asarray(table["sigma"], np.float64)
-        assert sigma.shape == 2 * mu.shape
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
-        fail(f"--reference {path} holds no mean (mu) and covariance (sigma) of features ({error!r})")
+        assert sigma.shape == 2 * mu.shape, f"shapes {mu.shape} and {sigma.shape}"
     return mu, sigma
 
 
-def pictures(moments, some, probabilities, ref):
-    """The metrics of images from the moments of their features, the first features, class probabilities."""
-    mu, sigma, real = ref
-    if len(mu) != some.shape[1]:
-        fail(f"--reference has {len(mu)} features an image, --features gives {some.shape[1]}")
-    row = dict(frechet_distance=common.frechet_distance(*moments.mean_and_covariance(), mu, sigma))
-    if real is not None:
-        row |= dict(kid=kid(some, real)) | precision_recall(some, real)
-    return row | (dict(inception_score=inception_score(probabilities)) if probabilities is not None else {})
-
-
-# ---------------------------------------------------------------------------------------- text to image
+# ------------------------------------------------------------------------------------------- text to image
 def text_scores(args, device):
     """A function: uint8 images (B, 3, H, W) and B prompts -> CLIP score and aesthetic score, (B, 2)."""
     from transformers import CLIPModel, CLIPProcessor
@@ -324,11 +340,9 @@ def text_scores(args, device):
     path = Path(args.aesthetic or "data/sac+logos+ava1-l14-linearMSE.pth")
     if not args.aesthetic:
         common.download(AESTHETIC, path)
-    try:
+    with reading(f"{path} is not LAION's aesthetic predictor, {AESTHETIC}"):
         state = torch.load(path, map_location=device, weights_only=True)
         layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in (0, 2, 4, 6, 7)]
-    except Exception as error:  # torch raises many kinds
-        fail(f"{path} is not LAION's aesthetic predictor, {AESTHETIC} ({type(error).__name__})")
 
     def scores(x, prompts):
         inputs = processor(text=prompts, images=list(x), return_tensors="pt", padding=True, truncation=True)
@@ -338,6 +352,15 @@ def text_scores(args, device):
             h = h @ weight.T + bias
         return torch.stack([(out.image_embeds * out.text_embeds).sum(1), h[:, 0]], dim=1).cpu()
     return scores
+
+
+def read_prompts(path):
+    """Lines of a text file; None without one."""
+    if not path:
+        return None
+    with reading(f"cannot read --prompts {path}"):
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return lines or fail(f"--prompts {path} is empty")
 
 
 # ---------------------------------------------------------------------------------------------------- main
@@ -368,10 +391,11 @@ def evaluate(path, nfes, args, tools, device):
         size = args.image_size or getattr(cfg, "image_size", 0)
         key = args.reference or cfg and (cfg.dataset, cfg.data), size
         if x.ndim == 4 and key not in tools.references:
-            tools.references[key] = reference(args, cfg, tools.features)
+            tools.references[key] = load_reference(args, cfg, tools.features)
         if RANK:
             continue
-        row = points(x, noise, y, nfe, cfg) if x.ndim == 2 else pictures(moments, f, p, tools.references[key])
+        row = (measure_points(x, noise, y, nfe, cfg) if x.ndim == 2 else
+               measure_images(moments, f, p, tools.references[key]))
         if score is not None:
             row |= dict(zip(("clip_score", "aesthetic_score"), score.double().mean(0).tolist()))
         picture = common.density(x, 160) if x.ndim == 2 else common.grid(x[:SHOWN], SHOWN)
@@ -385,58 +409,15 @@ def title(path, runs):
     return os.path.relpath(Path(path).resolve(), os.path.commonpath(folders))
 
 
-def cell(value):
-    if isinstance(value, list):
-        return f"{min(value):.3f}-{max(value):.3f}"
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
 def table(rows):
     """Markdown."""
+    def cell(value):
+        if isinstance(value, list):
+            return f"{min(value):.3f}-{max(value):.3f}"
+        return f"{value:.5g}" if isinstance(value, float) else str(value)
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [names, ["---"] * len(names), *([cell(row.get(name, "")) for name in names] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def toy(args, tools):
-    """Every mode of every script on the ring: the same steps, batch, network and seeds; mean and range over
-    the seeds. A multistep_cm.py run is made for one number of steps, so there is one for each. Runs that are
-    there already are not repeated."""
-    runs = [(script, mode, k, seed) for seed in range(args.seeds) for script in TOY for mode in TOY[script]
-            for k in (args.nfe if script == "multistep_cm" else (0,))]
-    out = {run: f"{args.out}/{run[0]}-{run[1]}{f'-{run[2]}' if run[2] else ''}-{run[3]}" for run in runs}
-
-    def train(run):
-        script, mode, k, seed = run
-        flags = f"--mode {mode} --steps {args.toy} --seed {seed} --out {out[run]} --overwrite"
-        flags += f" --student_steps {k}" if k else f" --d {args.toy // 20}" if script == "sct" else ""
-        if not Path(out[run], "metrics.json").exists():  # the last that a run writes
-            command = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *flags.split()]
-            env = os.environ | dict(OMP_NUM_THREADS="1")
-            done = subprocess.run(command, capture_output=True, text=True, env=env)
-            if done.returncode:
-                fail(f"{' '.join(command)} stopped: {done.stderr.strip().splitlines()[-1]}")
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        list(tqdm(pool.map(train, runs), total=len(runs), desc="train", unit="run", disable=None))
-    results, rows, sheet = {}, [], {}
-    for run in tqdm(runs, desc="sample", unit="run", disable=None):
-        nfes = (run[2],) if run[2] else args.nfe
-        for (_, nfe), result in evaluate(out[run], nfes, args, tools, "cpu").items():
-            results[run[0], run[1], nfe, run[3]] = result
-    seconds = {k: r["seconds"] for k, (r, _) in results.items()}
-    names = [f"energy distance, {nfe} NFE" for nfe in args.nfe]
-    for script, mode in dict.fromkeys(run[:2] for run in runs):
-        mine = {k: r for k, r in results.items() if k[:2] == (script, mode)}
-        row = dict(method=script, mode=mode)
-        for nfe, name in zip(args.nfe, names):
-            row[name] = spread([r["energy_distance"] for (_, _, n, _), (r, _) in mine.items() if n == nfe], 5)
-            sheet[f"{script} {mode}, {nfe} NFE"] = mine[script, mode, nfe, 0][1]
-        row["E"] = spread([r["ode_error"] for (_, _, n, _), (r, _) in mine.items() if n == 1], 4)
-        cost = min(seconds[k] for k in mine) / min(v for k, v in seconds.items() if k[1] == "diffusion")
-        rows.append(row | dict(cost=f"{cost:.1f}"))  # of a step, over diffusion's
-    values = [r for r, _ in results.values()]
-    floor = max(r.get("exact_ode", 0) for r in values)  # the same in all rows: the evaluation's noise is one
-    return [*rows, {"method": "exact ODE", names[0]: f"{floor:.5f}"}], values, sheet
 
 
 def spread(values, digits):
@@ -444,23 +425,65 @@ def spread(values, digits):
     return f"{sum(values) / len(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
+def toy(args, tools):
+    """Every mode of every script on the ring, with equal steps, batch, network and seeds. A run of
+    multistep_cm.py is made for one number of steps, so there is one for each. Finished runs are kept."""
+    runs = [(script, mode, seed, k) for seed in range(args.seeds) for script in TOY for mode in TOY[script]
+            for k in (args.nfe if script == "multistep_cm" else (0,))]
+
+    def train(run):
+        script, mode, seed, k = run
+        out = f"{args.out}/{script}-{mode}{f'-{k}' if k else ''}-{seed}"
+        flags = f"--mode {mode} --steps {args.toy} --seed {seed} --out {out} --overwrite"
+        extra = dict(multistep_cm=f" --student_steps {k}", sct=f" --stage_steps {args.toy // 20}")
+        flags += extra.get(script, "")
+        if not Path(out, "metrics.json").exists():  # the last file that a run writes
+            command = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *flags.split()]
+            environment = os.environ | dict(OMP_NUM_THREADS="1")
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                fail(f"{' '.join(command)} stopped: {done.stderr.strip().splitlines()[-1]}")
+        return out
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        outs = list(tqdm(pool.map(train, runs), total=len(runs), desc="train", unit="run", disable=None))
+    rows, sheet = {}, {}
+    for (script, mode, _, k), out in tqdm(zip(runs, outs), total=len(runs), desc="sample", disable=None):
+        for (_, nfe), (row, picture) in evaluate(out, (k,) if k else args.nfe, args, tools, "cpu").items():
+            rows.setdefault((script, mode), []).append(row)
+            sheet.setdefault(f"{script} {mode}, {nfe} NFE", picture)  # that of the first seed
+    lines, fastest = [], min(row["seconds"] for row in rows["scm", "diffusion"])
+    for (script, mode), mine in rows.items():
+        line = {}
+        for nfe in args.nfe:
+            at_nfe = [row["energy_distance"] for row in mine if row["nfe"] == nfe]
+            line[f"energy distance, {nfe} NFE"] = spread(at_nfe, 5)
+        if 1 in args.nfe:
+            line["E"] = spread([row["ode_error"] for row in mine if row["nfe"] == 1], 4)
+        line["cost"] = f"{min(row['seconds'] for row in mine) / fastest:.1f}"  # of a step, over diffusion's
+        lines.append(dict(method=script, mode=mode) | line)
+    values = sum(rows.values(), [])
+    floor = max(row.get("exact_ode", 0) for row in values)  # the same in all rows, as is the noise
+    lines.append({"method": "exact ODE", f"energy distance, {args.nfe[0]} NFE": f"{floor:.5f}"})
+    return lines, values, sheet
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser("eval.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
     parser.add_argument("runs", nargs="*", help="run folders, or .npz files of samples")
     parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4], help="network evaluations [1 2 4]")
-    parser.add_argument("--samples", type=int, default=5000, help="samples [5000]")
-    parser.add_argument("--batch", type=int, default=250, help="samples a process takes at a time [250]")
+    parser.add_argument("--samples", type=int, default=5000, help="samples of a run [5000]")
+    parser.add_argument("--batch", type=int, default=250, help="samples that a process takes at once [250]")
     parser.add_argument("--reference", help="images or statistics [each run's own data]")
-    parser.add_argument("--image_size", type=int, default=0, help="of --reference [the run's]")
-    parser.add_argument("--features", default="pixels", help="inception, dinov2, pixels, FILE [pixels]")
+    parser.add_argument("--image_size", type=int, default=0, help="size of --reference [the run's]")
+    parser.add_argument("--features", default="pixels", help="inception, dinov2, pixels, or a file [pixels]")
     parser.add_argument("--weights", help="file or folder of inception's or dinov2's weights [download]")
     parser.add_argument("--prompts", help="text file, a prompt a line, for text-to-image runs")
     parser.add_argument("--clip", help="folder or hub id [openai/clip-vit-large-patch14]")
     parser.add_argument("--aesthetic", help="LAION's predictor, a .pth file [download]")
     parser.add_argument("--write", action="store_true", help="write the samples to --out, as ADM's .npz")
     parser.add_argument("--toy", type=int, default=0, metavar="STEPS", help="compare everything on the toy")
-    parser.add_argument("--seeds", type=int, default=3, help="of --toy [3]")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of --toy [3]")
     parser.add_argument("--jobs", type=int, default=1, help="runs of --toy at a time [1]")
     parser.add_argument("--out", help="folder to write to [the first run's, or out/toy]")
     args = parser.parse_args(argv)
@@ -478,7 +501,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     device = common.start_processes("gloo")
-    for path in args.runs:  # a typo is found before hours of sampling
+    for path in args.runs:  # so that a typo is found before hours of sampling
         read_npz(path) if path.endswith(".npz") else common.read_checkpoint(path)
     tools = SimpleNamespace(features=feature_network(args.features, args.weights, device), references={},
                             prompts=read_prompts(args.prompts), scores=None)
@@ -497,15 +520,6 @@ def main(argv=None):
         common.atomic_write(Path(args.out, "eval.json"), lambda file: file.write(text))
         across = 2 * len(args.nfe) if args.toy else len(args.nfe) if "energy_distance" in values[0] else 1
         common.panels(sheet, Path(args.out, "eval.png"), across)
-
-
-def read_prompts(path):
-    """Lines of a text file; None without one."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
-    except (OSError, ValueError) as error:
-        fail(f"cannot read --prompts {path}: {error}")
-    return [line for line in lines if line.strip()] or (fail(f"--prompts {path} is empty") if path else None)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads only get in each other's way
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -9,17 +13,60 @@ from PIL import Image
 import common
 import scm
 
+ROOT = Path(common.__file__).parent
+energy_distance = common.energy_distance
+
+
+def quick_report(set):
+    """A toy run ends with a report that takes seven seconds, and few tests look at its figures. With 32 steps
+    of the exact ODE in place of 512, and 500 points in place of 5,000, it takes half a second."""
+    set(common, "EXACT_STEPS", 32)
+    set(common, "energy_distance", lambda a, b: energy_distance(a[:500], b[:500]))
+
+
+def torchrun(script, *words):
+    """The command that runs a script by two processes, with the quick report."""
+    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n" \
+           f"import conftest, {script}; conftest.quick_report(setattr); {script}.main()"
+    Path(f"run_{script}.py").write_text(code)
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            f"run_{script}.py", *map(str, words)]
+
+
+def finish(command):
+    """Run a command to its end, which must be a good one; returns what it printed."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr[-2000:]
+    return done.stdout
+
+
+def preset(script, dataset="gmm", **values):
+    """The Config of a script's preset, as without a command line; `values` replace those of the preset."""
+    known, found = script.Config.__dataclass_fields__, common.preset(script.PRESETS, dataset)
+    return script.Config(**{k: v for k, v in found.items() if k in known} | values)
+
+
+def one_line(capsys, function, *words):
+    """Calls function(words), which must end in one line on stderr and exit code 2; returns that line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        function([str(word) for word in words])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert error.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch):
-    """Every test works in an empty folder of its own."""
+    """Every test works in an empty folder of its own, and with a quick report."""
     monkeypatch.chdir(tmp_path)
+    quick_report(monkeypatch.setattr)
 
 
 @pytest.fixture
 def ring():
     """Toy config, dataset and exact teacher."""
-    cfg = scm.Config(**scm.PRESETS["gmm"] | dict(warmup=0))
+    cfg = preset(scm, warmup=0)
     data = common.dataset(cfg)
     return cfg, data, data
 
@@ -35,7 +82,8 @@ def posterior(ring):
         weight = torch.softmax(-delta.square().sum(1) / (2 * variance), 0)
         k = torch.multinomial(weight, n, True, generator=generator)
         noise = torch.randn(n, 2, generator=generator).double()
-        return (data.mean + cos * s**2 / variance * delta)[k] + s * sin * cfg.sigma_d / variance.sqrt() * noise
+        mean = data.mean + cos * s**2 / variance * delta
+        return mean[k] + s * sin * cfg.sigma_d / variance.sqrt() * noise
     return draw
 
 
@@ -54,22 +102,29 @@ def nets():
     return make
 
 
+def draw_pictures(root, count=24):
+    """`count` pictures of 8 x 8 pixels in 3 class folders."""
+    images, _ = common.draw_shapes(scm.Config(image_size=8), count)
+    for i, image in enumerate(images):
+        path = root / "abc"[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).save(path)
+    return root
+
+
 @pytest.fixture
 def folder(tmp_path):
     """24 small pictures in 3 class folders."""
-    images, _ = common.draw_shapes(scm.Config(image_size=8), 24)
-    for i, image in enumerate(images):
-        path = tmp_path / "pictures" / "abc"[i % 3] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.transpose(1, 2, 0)).save(path)
-    return tmp_path / "pictures"
+    return draw_pictures(tmp_path / "pictures")
+
+
+def run_here(*words, script=scm):
+    """Train in this process from command-line words; returns the checkpoint."""
+    cfg = common.parse_args(script.Config, script.PRESETS, script.LOSSES, [str(w) for w in words])
+    script.train(cfg)
+    return common.read_checkpoint(cfg.out)
 
 
 @pytest.fixture
 def train():
-    """Train in this process from command-line words; returns the checkpoint."""
-    def run(*words, script=scm):
-        cfg = common.parse_args(script.Config, script.PRESETS, script.LOSSES, [str(w) for w in words])
-        script.train(cfg)
-        return common.read_checkpoint(cfg.out)
-    return run
+    return run_here

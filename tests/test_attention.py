@@ -30,8 +30,9 @@ def both(function, x, dtype):
         return torch.func.jvp(function, *(tuple(v.to(dtype) for v in part) for part in (x[:3], x[3:])))
 
 
-@pytest.mark.parametrize("n, dtype, bound", [(100, torch.float32, 1e-5), (700, torch.float32, 1e-5), (1, torch.float32, 1e-5),
-                                             (513, torch.float16, 2e-3), (513, torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("n, dtype, bound", [
+    (100, torch.float32, 1e-5), (700, torch.float32, 1e-5), (1, torch.float32, 1e-5), (513, torch.float16, 2e-3),
+    (513, torch.bfloat16, 2e-2)])
 def test_output_and_tangent(n, dtype, bound):
     """Any number of tokens, also more than one block of keys; large logits, too."""
     x = [v.to(dtype).double() for v in inputs(n)]
@@ -63,8 +64,8 @@ def test_memory_is_linear():
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            self.size = max([self.size] + [v.numel() for v in (out if isinstance(out, (list, tuple)) else [out])
-                                           if isinstance(v, torch.Tensor)])
+            found = out if isinstance(out, (list, tuple)) else [out]
+            self.size = max([self.size] + [v.numel() for v in found if isinstance(v, torch.Tensor)])
             return out
     sizes = []
     for n in (1024, 2048):
@@ -79,8 +80,9 @@ import sys, torch
 sys.path.insert(0, {root!r}); sys.path.insert(0, {root!r} + "/tests")
 import common, test_attention as t
 assert common.triton_kernel() is not None
-for n, c, dtype, bound in ((70, 16, torch.float32, 1e-5), (130, 64, torch.float32, 1e-5), (70, 32, torch.float16, 2e-3)):
-    x = [v.to(dtype).double() for v in t.inputs(n, c)]
+for n, c, dtype, bound in ((70, 16, torch.float32, 1e-5), (70, 64, torch.float32, 1e-5),
+                           (70, 32, torch.float16, 2e-3)):
+    x = [v[:, :2].to(dtype).double() for v in t.inputs(n, c)]
     common.attention_blocks = None  # the kernel, and nothing else
     for found, expected in zip(t.both(common.attention, x, dtype), t.both(t.oracle, x, torch.float64)):
         assert t.error(found, expected) < bound, (n, c, dtype, t.error(found, expected))
@@ -100,6 +102,7 @@ def test_triton_kernel_in_the_interpreter():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("n, dtype, bound", [(256, torch.float32, 1e-5), (1000, torch.float16, 2e-3)])
 def test_triton_kernel_on_the_gpu(n, dtype, bound):
+    """The same kernel, compiled."""
     x = [v.to("cuda", dtype).double() for v in inputs(n, 64)]
     for found, expected in zip(both(common.attention, x, dtype), both(oracle, x, torch.float64)):
         assert error(found, expected) < bound

@@ -1,4 +1,4 @@
-"""eval.py: each metric against a closed form, SciPy or torchmetrics; formats; caching; the command end to end."""
+"""eval.py: each metric against a closed form, SciPy or torchmetrics; formats; cache; the whole command."""
 import json
 import pickle
 import subprocess
@@ -16,6 +16,7 @@ import eval as evaluation
 import scm
 
 RNG = np.random.default_rng(0)
+INCEPTION = ["--features", "inception", "--weights", "features.pt"]
 
 
 def features(n, d=6, seed=0):
@@ -67,10 +68,12 @@ def test_kid_and_inception_score_against_torchmetrics():
     kernel = pytest.importorskip("torchmetrics.image.kid")
     a, b = features(40), 0.5 + features(40, seed=1)
     assert evaluation.kid(a, b) == pytest.approx(float(kernel.poly_mmd(a, b)), rel=1e-6)
-    metric = pytest.importorskip("torchmetrics.image.inception").InceptionScore(feature=torch.nn.Identity(), splits=1)
+    inception = pytest.importorskip("torchmetrics.image.inception")
+    metric = inception.InceptionScore(feature=torch.nn.Identity(), splits=1)
     logits = 3 * features(60, 10)
     metric.features.append(logits)
-    assert evaluation.inception_score(logits.softmax(1), 1) == pytest.approx(float(metric.compute()[0]), rel=1e-5)
+    expected = float(metric.compute()[0])
+    assert evaluation.inception_score(logits.softmax(1), 1) == pytest.approx(expected, rel=1e-5)
 
 
 def test_inception_score_of_certain_and_of_uniform_classes():
@@ -80,7 +83,8 @@ def test_inception_score_of_certain_and_of_uniform_classes():
 
 
 def test_precision_and_recall_by_brute_force():
-    """NumPy's loops over all pairs; and two clusters of which the samples know one: precision 1, recall 1/2."""
+    """NumPy's loops over all pairs; and two clusters of which the samples know one: precision 1, recall
+    1/2."""
     x, y = features(30).numpy(), 0.7 * features(25, seed=1).numpy()
 
     def share(points, support):
@@ -94,15 +98,16 @@ def test_precision_and_recall_by_brute_force():
 
 
 def test_sliced_wasserstein_of_a_shift_and_in_one_dimension():
-    """In 1-D: SciPy's quantiles, W_2^2 = mean of squared differences. A shift by s moves a direction by s.theta,
-    on average |s| / sqrt(D)."""
+    """In 1-D: SciPy's quantiles, W_2^2 = mean of squared differences. A shift by s moves a direction by
+    s.theta, on average |s| / sqrt(D)."""
     a, b = features(500, 1), 2 * features(500, 1, seed=1)
     q = np.linspace(0.5 / 500, 1 - 0.5 / 500, 500)
     ours = np.sqrt(np.mean((scipy.stats.mstats.mquantiles(a[:, 0], q, 0.5, 0.5)
                             - scipy.stats.mstats.mquantiles(b[:, 0], q, 0.5, 0.5)) ** 2))
     assert evaluation.sliced_wasserstein(a, b) == pytest.approx(ours, rel=1e-6)
     x = features(200, 2)
-    assert evaluation.sliced_wasserstein(x, x + torch.tensor([3.0, 4.0])) == pytest.approx(5 / 2**0.5, rel=0.2)
+    moved = x + torch.tensor([3.0, 4.0])
+    assert evaluation.sliced_wasserstein(x, moved) == pytest.approx(5 / 2**0.5, rel=0.2)
 
 
 def test_mode_shares(ring):
@@ -168,11 +173,13 @@ def test_neither_batch_nor_processes_change_a_figure(pictures):
     flags = ["--samples", 50, "--nfe", 1, "--features", "features.pt"]
     first, = rows("pictures-run", *flags, "--batch", 7, "--write")
     other, = rows("pictures-run", *flags, "--batch", 64)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", evaluation.__file__]
-    subprocess.run([*launcher, "pictures-run", *map(str, flags), "--batch", "7", "--out", "two"], check=True,
-                   capture_output=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, evaluation.__file__, "pictures-run", *map(str, flags), "--batch", "7",
+               "--out", "two"]
+    subprocess.run(command, check=True, capture_output=True)
     two, = json.loads(Path("two/eval.json").read_text())
-    stored, = rows("out.d/pictures-run-1nfe.npz", "--features", "features.pt", "--reference", pictures, "--image_size", 8)
+    stored, = rows("out.d/pictures-run-1nfe.npz", "--features", "features.pt", "--reference", pictures,
+                   "--image_size", 8)
     names = ("frechet_distance", "kid", "precision", "recall", "inception_score")
     assert all(first[name] == pytest.approx(row[name], rel=1e-3, abs=1e-6) for name in names
                for row in (other, two, stored))
@@ -184,8 +191,8 @@ def test_statistics_are_cached_by_content(pictures):
     flags = ["pictures-run", "--samples", 30, "--nfe", 1, "--features", "features.pt"]
     before, = rows(*flags)
     cache, = Path("data/cache").glob("features-*.npz")
-    changed = {name: value * 2 if name == "mu" else value for name, value in evaluation.read_npz(cache).items()}
-    np.savez(cache, **changed)
+    table = evaluation.read_npz(cache)
+    np.savez(cache, **table | dict(mu=2 * table["mu"]))
     after, = rows(*flags)
     assert after["frechet_distance"] != before["frechet_distance"] and after["kid"] == before["kid"]
     rows("pictures-run", "--samples", 30, "--nfe", 1)
@@ -194,8 +201,8 @@ def test_statistics_are_cached_by_content(pictures):
 
 def test_a_reference_is_read_at_each_runs_size(pictures, train):
     """--reference is resized to the run's images: the figure of one run does not depend on the others."""
-    train("--dataset", "folder", "--data", pictures, "--image_size", 16, "--channels", 8, "--blocks", 1, "--batch", 8,
-          "--steps", 1, "--mode", "sct", "--out", "large")
+    train("--dataset", "folder", "--data", pictures, "--image_size", 16, "--channels", 8, "--blocks", 1,
+          "--batch", 8, "--steps", 1, "--mode", "sct", "--out", "large")
     flags = ["--reference", pictures, "--features", "features.pt", "--samples", 20, "--nfe", 1]
     alone, (_, after) = rows("large", *flags), rows("pictures-run", "large", *flags)
     assert alone[0]["frechet_distance"] == after["frechet_distance"]
@@ -203,12 +210,13 @@ def test_a_reference_is_read_at_each_runs_size(pictures, train):
 
 def test_reference_formats(pictures):
     """EDM's .npz, EDM2's .pkl and ADM's .npz (images and moments) give the distance that the images give."""
-    flags = ["pictures-run", "--samples", 30, "--nfe", 1, "--features", "inception", "--weights", "features.pt"]
+    flags = ["pictures-run", "--samples", 30, "--nfe", 1, *INCEPTION]
     expected, = rows(*flags)
     mu, sigma, _ = evaluation.read_npz(next(Path("data/cache").glob("features-*.npz"))).values()
     np.savez("edm.npz", mu=mu, sigma=sigma)
-    pickle.dump(dict(fid=dict(mu=mu, sigma=sigma), fd_dinov2=dict(mu=mu[:3], sigma=sigma[:3, :3])), open("edm2.pkl", "wb"))
-    images = common.dataset(scm.Config(dataset="folder", data=pictures)).images
+    table = dict(fid=dict(mu=mu, sigma=sigma), fd_dinov2=dict(mu=mu[:3], sigma=sigma[:3, :3]))
+    Path("edm2.pkl").write_bytes(pickle.dumps(table))
+    images = common.dataset(scm.Config(dataset="folder", data=pictures)).rows
     np.savez("adm.npz", arr_0=images[:12].transpose(0, 2, 3, 1), mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma)
     for name in ("edm.npz", "edm2.pkl", "adm.npz"):
         found, = rows(*flags, "--reference", name)
@@ -222,24 +230,28 @@ def test_hostile_pickle_runs_nothing(pictures, capsys):
         def __reduce__(self):
             return Path("touched").touch, ()
     for i, value in enumerate((Evil(), dict(fid=Evil()), np.array([Evil()], dtype=object))):
-        pickle.dump(value, open(f"{i}.pkl", "wb"))
+        Path(f"{i}.pkl").write_bytes(pickle.dumps(value))
         with pytest.raises(SystemExit) as error:
-            rows("pictures-run", "--samples", 8, "--nfe", 1, "--features", "inception", "--weights", "features.pt",
-                 "--reference", f"{i}.pkl")
+            rows("pictures-run", "--samples", 8, "--nfe", 1, *INCEPTION, "--reference", f"{i}.pkl")
         assert error.value.code == 2 and not Path("touched").exists()
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["nowhere"], "no checkpoint"), (["pictures-run", "--nfe", "0"], "at least 1"), (["pictures-run", "--samples", "1"], "at least 2"), ([], "--toy"),
-    (["pictures-run", "--features", "nowhere.pt"], "TorchScript"), (["broken.npz"], "cannot read"),
-    (["pictures-run", "--features", "inception", "--weights", "x.pt"], "no feature network at x.pt"),
-    (["pictures-run", "--reference", "broken.npz"], "cannot read"),
-    (["pictures-run", "--features", "dinov2", "--weights", "/no/such"], "huggingface.co"),
-    (["points.npz", "--prompts", "nowhere"], "--prompts"), (["points.npz"], "points from a file"), (["images.npz"], "--reference"),
-    (["pictures-run", "--features", "notes.txt"], "TorchScript"), (["odd.npz"], "no samples"),
-    (["pictures-run", "--features", "."], "TorchScript"), (["one.npz"], "at least 2"), (["pictures-run", "nowhere"], "nowhere"),
-    (["pictures-run", "--reference", "odd.npz"], "no samples"), (["pictures-run", "--reference", "nowhere.npz"], "nowhere.npz"),
-    (["pictures-run", "--features", "inception", "--weights", "features.pt", "--reference", "mu.npz"], "sigma")])
+RUN = "pictures-run"
+BAD = [  # words, and what their one line must say
+    (["nowhere"], "no checkpoint"), ([RUN, "nowhere"], "nowhere"), ([], "--toy"),
+    ([RUN, "--nfe", "0"], "at least 1"), ([RUN, "--samples", "1"], "at least 2"), (["one.npz"], "at least 2"),
+    (["broken.npz"], "cannot read"), (["odd.npz"], "no samples"), (["points.npz"], "points from a file"),
+    (["images.npz"], "--reference"), (["points.npz", "--prompts", "nowhere"], "--prompts"),
+    ([RUN, "--features", "nowhere.pt"], "TorchScript"), ([RUN, "--features", "notes.txt"], "TorchScript"),
+    ([RUN, "--features", "."], "TorchScript"),
+    ([RUN, "--features", "inception", "--weights", "x.pt"], "no feature network at x.pt"),
+    ([RUN, "--features", "dinov2", "--weights", "/no/such"], "huggingface.co"),
+    ([RUN, "--reference", "broken.npz"], "cannot read"), ([RUN, "--reference", "odd.npz"], "no samples"),
+    ([RUN, "--reference", "nowhere.npz"], "nowhere.npz"),
+    ([RUN, *INCEPTION, "--reference", "mu.npz"], "sigma")]
+
+
+@pytest.mark.parametrize("flags, word", BAD)
 def test_bad_input_is_one_line(pictures, flags, word, capsys):
     """Exit code 2, and a line that says what is wrong."""
     Path("broken.npz").write_bytes(b"PK nothing")

@@ -7,10 +7,11 @@ import torch
 
 import common
 import scm
+from conftest import preset
 
 
 def config(**values):
-    return scm.Config(**scm.PRESETS["gmm"] | dict(warmup=0) | values)
+    return preset(scm, **dict(warmup=0) | values)
 
 
 def draw(n=64, step=0):
@@ -24,14 +25,16 @@ def toy_net(seed=0, **options):
 
 @pytest.mark.parametrize("options", [{}, dict(c_noise="log"), dict(emb="fourier", emb_scale=16.0)])
 def test_f_is_the_identity_at_zero(nets, options):
+    """f(x, 0) = x, whatever the network says."""
     for net, shape in zip(nets(**options), [(4, 2), (4, 3, 8, 8)]):
         x = torch.randn(shape).double()
         assert torch.equal(scm.f(net, x, torch.zeros(4).double(), None, config()), x)
 
 
 def test_proposal_is_log_normal():
+    """log(sigma_d tan t) has the mean and the deviation of the config."""
     cfg = config()
-    log_sigma = (cfg.sigma_d * scm.times(draw(100_000), cfg).tan()).log()
+    log_sigma = (cfg.sigma_d * scm.times(draw(100_000), 0, cfg).tan()).log()
     assert log_sigma.mean() == pytest.approx(cfg.P_mean, abs=0.02)
     assert log_sigma.std() == pytest.approx(cfg.P_std, abs=0.02)
 
@@ -48,7 +51,7 @@ def test_rearranged_jvp_is_the_plain_tangent(ring):
 
 
 def test_discrete_tangent_tends_to_the_continuous(ring):
-    """dscd's difference quotient meets the JVP as t' -> t, with first-order error."""
+    """dscd's difference quotient meets the JVP as s -> t, with first-order error."""
     cfg, _, teacher = ring
     net, t = toy_net(), torch.linspace(0.1, 1.5, 16).double()
     x_t = 0.5 * torch.randn(16, 2).double()
@@ -65,21 +68,22 @@ def test_discrete_tangent_tends_to_the_continuous(ring):
 
 
 def test_discrete_tangent_is_the_difference_of_f(ring):
-    """At r = 1: (f(x_t, t) - f(x_t', t')) / sin(t - t') with x_t' one DDIM step of the teacher below."""
+    """At r = 1: (f(x_t, t) - f(x_s, s)) / sin(t - s) with x_s one DDIM step of the teacher below."""
     cfg, _, teacher = ring
     net, t, s = toy_net(), torch.tensor([0.4, 1.2]).double(), torch.tensor([0.0, 1.0]).double()
     x_t = 0.5 * torch.randn(2, 2).double()
     dxdt = scm.velocity(teacher, x_t, t, None, None, cfg)
     _, g = scm.discrete_tangent(net, x_t, t, s, None, None, dxdt, 0, cfg, draw())
-    x_s = torch.cat([common.solve(teacher, x_t[i:i + 1], torch.stack([t[i], s[i]]), solver="ddim") for i in (0, 1)])
+    x_s = torch.cat([common.solve(teacher, x_t[i:i + 1], torch.stack([t[i], s[i]]), solver="ddim")
+                     for i in (0, 1)])
     df = (scm.f(net, x_t, t, None, cfg) - scm.f(net, x_s, s, None, cfg)) / torch.sin(t - s)[:, None]
     assert torch.allclose(g, t.cos()[:, None] * df, atol=1e-10)
 
 
 def test_neighbours_follow_the_proposal():
-    """t, t' are neighbours on EDM's grid, the last t' is 0, and t's frequencies match the log-normal's mass."""
+    """t, s are neighbours on EDM's grid, the last s is 0, and t's frequencies match the log-normal's mass."""
     cfg = config(intervals=8)
-    t, s = scm.neighbours(draw(50_000), cfg)
+    t, s = scm.neighbours(draw(50_000), 0, cfg)
     grid = [0.0] + [math.atan(v / cfg.sigma_d) for v in common.karras(9).flip(0)[1:].tolist()]
     below = {round(b, 9): round(a, 9) for a, b in zip(grid, grid[1:])}
     assert all(below[round(a, 9)] == round(b, 9) for a, b in zip(t.tolist()[:500], s.tolist()[:500]))
@@ -97,7 +101,7 @@ def test_exact_consistency_function_has_no_tangent():
     def std(t):  # of x_t, per coordinate
         return torch.sqrt((t.cos() * s) ** 2 + (t.sin() * cfg.sigma_d) ** 2)[:, None]
 
-    def exact(x, t, y=None, s_=None):  # f = m + s (x_t - cos(t) m) / std(t), as the F that gives it
+    def exact(x, t, y=None, guidance=None):  # f = m + s (x_t - cos(t) m) / std(t), as the F that gives it
         x_t, cos, sin = x * cfg.sigma_d, t.cos()[:, None], t.sin()[:, None]
         return (cos * x_t - (m + s * (x_t - cos * m) / std(t))) / (sin * cfg.sigma_d)
     t, x_t = torch.linspace(0.1, 1.5, 8).double(), torch.randn(8, 2).double()
@@ -112,12 +116,12 @@ def test_sct_gradient_is_an_unbiased_scd_gradient(ring, posterior):
     """With v_t in place of the teacher, the mean parameter gradient is scd's, within its standard error."""
     cfg, data, teacher = ring
     cfg, net = dataclasses.replace(cfg, tangent="raw"), toy_net()
-    t, n, m = torch.tensor([0.5, 1.0, 1.3]).double(), 4000, 30
+    t, n, m = torch.tensor([0.5, 1.0, 1.3]).double(), 1500, 30
     x_t = 0.4 * torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double()
 
     def gradient(x_t, t, dxdt):
         F, g = scm.tangent(net, x_t, t, None, None, dxdt, 0, cfg, draw())
-        loss, _ = scm.consistency(net, x_t, t, None, None, F, g, cfg, draw())
+        loss, _ = scm.match(net, x_t, t, None, None, F, g, cfg, draw())
         grads = torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad], allow_unused=True)
         return torch.cat([g.flatten() for g in grads if g is not None])
     exact = gradient(x_t, t, scm.velocity(teacher, x_t, t, None, None, cfg))
@@ -136,6 +140,7 @@ def test_sct_gradient_is_an_unbiased_scd_gradient(ring, posterior):
 
 
 def test_normalized_clipped_and_raw_tangents():
+    """g / (rms + c); cos(t) times df/dt clipped to [-1, 1]; and g itself."""
     rms = torch.tensor([[math.sqrt(12.5)], [0.0], [1e-3 / math.sqrt(2)]])
     df, t = torch.tensor([[3.0, -4.0], [0.0, 0.0], [1e-3, 0.0]]), torch.tensor([0.0, 0.7, 1.4])
     cos = t.cos()[:, None]
@@ -148,7 +153,7 @@ def test_normalized_clipped_and_raw_tangents():
 def test_warmup_fades_in_the_unstable_half():
     """r = 0 leaves -cos^2 (sigma_d F - dx/dt) alone; r runs linearly to 1."""
     cfg = config(warmup=100)
-    net, t, x_t, dxdt = toy_net(), torch.rand(4).double(), torch.randn(4, 2).double(), torch.randn(4, 2).double()
+    net, t, (x_t, dxdt) = toy_net(), torch.rand(4).double(), torch.randn(2, 4, 2).double()
     F, g = scm.tangent(net, x_t, t, None, None, dxdt, 0, cfg, draw())
     assert torch.allclose(g, -t.cos()[:, None] ** 2 * (cfg.sigma_d * F - dxdt))
     assert [scm.warmup(k, cfg) for k in (0, 50, 100, 200)] == [0, 0.5, 1, 1]
@@ -170,7 +175,7 @@ def test_adaptive_weight_settles_at_the_inverse_loss():
     """Minimizing e^w / D ||error||^2 - w over w gives e^w = 1 / mse, and the weighted term is then 1."""
     error, w = torch.tensor([[2.0, 1.0]]), torch.zeros(1, requires_grad=True)
     for _ in range(500):
-        loss, info = scm.weighted(error, w)
+        loss, info = scm.adaptive(error, w)
         w.grad = None
         loss.backward()
         w.data -= 0.1 * w.grad
@@ -178,14 +183,14 @@ def test_adaptive_weight_settles_at_the_inverse_loss():
 
 
 def test_guidance_moves_the_teacher_and_one_is_plain(ring):
-    """F_uncond + s (F_cond - F_uncond): s = 1 is the conditional teacher; the network sees s."""
+    """F_uncond + guidance (F_cond - F_uncond): 1 is the conditional teacher; the network sees guidance."""
     cfg, _, teacher = ring
     x_t, t, y = torch.randn(4, 2), torch.rand(4).double(), torch.arange(4)
     plain = scm.velocity(teacher, x_t, t, y, None, cfg)
     assert torch.allclose(scm.velocity(teacher, x_t, t, y, torch.ones(4), cfg), plain, atol=1e-6)
     assert not torch.allclose(scm.velocity(teacher, x_t, t, y, torch.full((4,), 2.0), cfg), plain, atol=1e-2)
     net = toy_net(classes=8, guidance=True)
-    net.cond.guidance_gain.data.fill_(1.0)
+    net.embedding.guidance_gain.data.fill_(1.0)
     a, b = (net(x_t.double(), t, y, torch.full((4,), s).double()) for s in (1.0, 2.0))
     assert not torch.allclose(a, b, atol=1e-3)
 
@@ -206,18 +211,18 @@ def test_sampler_with_the_exact_map():
     """If every data point is the same, f is constant, and any number of steps returns it."""
     cfg, point = config(), torch.tensor([0.4, -0.1])
 
-    def net(x, t, y, s):  # F that makes f(x_t, t) = point
+    def net(x, t, y, guidance):  # F that makes f(x_t, t) = point
         return (t.cos()[:, None] * x * cfg.sigma_d - point) / (t.sin()[:, None] * cfg.sigma_d)
     for nfe in (1, 2, 4):
         x = scm.sample(net, cfg.sigma_d * torch.randn(5, 2), None, nfe, cfg, draw(5))
         assert torch.allclose(x, point.expand(5, 2).to(x.dtype), atol=1e-5)
 
 
-def test_sampling_times(ring):
+def test_sampling_times():
     """One step starts at arctan(80 / sigma_d); two at that and 1.1; further ones spread evenly below."""
     cfg, seen = config(), []
 
-    def net(x, t, y, s):
+    def net(x, t, y, guidance):
         seen.append(round(t[0].item(), 4))
         return torch.zeros_like(x)
     for nfe in (1, 2, 4):
