@@ -132,7 +132,42 @@ def solve(net, x, times, y=None, sigma_d=0.5, solver="heun"):
 def jvp(net, primals, tangents):
     """net(*primals) and its derivative along the tangents, in one pass and without a graph. Takes the bare
     module, because function transforms do not cross DistributedDataParallel."""
-    return torch.func.jvp(net, primals, tangents)
+    jit, os.environ["PYTORCH_JIT"] = os.environ.get("PYTORCH_JIT", "1"), "0"
+    try:  # without the decompositions that functorch would compile otherwise: no layer here needs them
+        return torch.func.jvp(net, primals, tangents)
+    finally:
+        os.environ["PYTORCH_JIT"] = jit
+
+
+def with_rule(f, rule, *xs):
+    """f(*xs). Under jvp, output and tangent are rule(*xs, *their tangents).
+
+    PyTorch's own forward mode also differentiates by weights and numbers, along tangents of zeros. With it,
+    each convolution and matrix product would run three times instead of twice."""
+    primals, tangents = zip(*(forward_ad.unpack_dual(x) for x in xs))
+    if all(tangent is None for tangent in tangents):  # no jvp
+        return f(*xs)
+    tangents = [torch.zeros_like(x) if tx is None else tx for x, tx in zip(primals, tangents)]
+    return forward_ad.make_dual(*rule(*primals, *tangents))
+
+
+def linear(f, *xs):
+    """f(*xs) for an f that is linear in its inputs: J v = f(v)."""
+    n = len(xs)
+    return with_rule(f, lambda *duals: (f(*duals[:n]), f(*duals[n:])), *xs)
+
+
+def affine(f, derivative, x):
+    """f(x) for an f that is linear but for a constant, such as a bias: J v = derivative(v)."""
+    return with_rule(f, lambda x, tx: (f(x), derivative(tx)), x)
+
+
+def product(a, b):
+    return with_rule(torch.mul, lambda a, b, ta, tb: (a * b, torch.addcmul(ta * b, a, tb)), a, b)
+
+
+def silu(x):
+    return with_rule(tnf.silu, lambda x, tx: (tnf.silu(x), torch.ops.aten.silu_backward(tx, x)), x)
 
 
 def attention(q, k, v):
@@ -265,19 +300,28 @@ def pnorm(x, dim=1, eps=1e-4):
     dims = [dim] if isinstance(dim, int) else dim
     size = math.prod([x.shape[d] for d in dims])  # torch.compile wants a list here
     wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide) / math.sqrt(size)
-    return x * (1 / (eps + norm)).to(x.dtype)
+
+    def gain(x):  # g = 1 / (eps + n), with n the root mean square
+        n = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide) / math.sqrt(size)
+        return (1 / (eps + n)).to(x.dtype)
+
+    def rule(x, tx):  # dy = g (dx - y <y, dx> / (size n g)): less of what points along x
+        g = gain(x)
+        y = x * g
+        share = (y * tx).sum(dim, keepdim=True, dtype=wide) / size / (1 - eps * g.to(wide)).clamp(min=1e-6)
+        return y, g * torch.addcmul(tx, y, share.to(x.dtype), value=-1)
+    return with_rule(lambda x: x * gain(x), rule, x)
 
 
 def mp_sum(a, b, t):
     """Blend two tensors of unit variance so that the result has unit variance, too (EDM2, Eq. 88)."""
-    return torch.lerp(a, b, t) / math.hypot(1 - t, t)
+    return linear(lambda a, b: torch.lerp(a, b, t) / math.hypot(1 - t, t), a, b)
 
 
 def mp_cat(a, b):
     """Concatenate channels such that both halves weigh the same (EDM2, Eq. 103, t = 1/2)."""
-    na, nb = a.shape[1], b.shape[1]
-    return torch.cat([a * math.sqrt((na + nb) / (2 * na)), b * math.sqrt((na + nb) / (2 * nb))], dim=1)
+    wa, wb = (math.sqrt((a.shape[1] + b.shape[1]) / (2 * n)) for n in (a.shape[1], b.shape[1]))
+    return linear(lambda a, b: torch.cat([a * wa, b * wb], dim=1), a, b)
 
 
 class MPConv(nn.Module):
@@ -291,7 +335,39 @@ class MPConv(nn.Module):
         dims = tuple(range(1, self.weight.ndim))
         weight = pnorm(self.weight, dims) * (gain / math.sqrt(self.weight[0].numel()))
         weight = weight.to(x.dtype)
-        return x @ weight.t() if weight.ndim == 2 else tnf.conv2d(x, weight, padding=weight.shape[-1] // 2)
+        if weight.ndim == 2:
+            return linear(lambda x: x @ weight.t(), x)
+        return linear(lambda x: tnf.conv2d(x, weight, padding=weight.shape[-1] // 2), x)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return affine(super().forward, lambda v: tnf.linear(v, self.weight), x)
+
+
+class Conv2d(nn.Conv2d):
+    """Convolves in x's precision. Autocast would do that, but it does not reach into a JVP."""
+
+    def forward(self, x):
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return affine(lambda x: self._conv_forward(x, weight, bias),
+                      lambda v: self._conv_forward(v, weight, None), x)
+
+
+class GroupNorm(nn.GroupNorm):
+    """DDPM++'s. Normalizes in float32 or wider, and gives the result in x's precision."""
+
+    def __init__(self, channels):
+        super().__init__(min(32, channels // 4), channels, eps=1e-6)
+
+    def forward(self, x):
+        def rule(x, tx):  # the Jacobian of a normalization is symmetric, so its backward pass is the JVP
+            size = len(x), x.shape[1], math.prod(x.shape[2:]), self.num_groups
+            y, mean, rstd = torch.native_group_norm(x, self.weight, self.bias, *size, self.eps)
+            back = torch.ops.aten.native_group_norm_backward
+            t, _, _ = back(tx, x, mean, rstd, None, *size, [True, False, False])
+            return y, t * self.weight[:, None, None]
+        return with_rule(super().forward, rule, x.to(self.weight.dtype).contiguous()).to(x.dtype)
 
 
 @torch.no_grad()
@@ -307,14 +383,15 @@ def dropout(x, p, training):
     """Dropout that draws the same mask with and without a JVP (see Draw.same_dropout)."""
     if not (training and p):
         return x
-    return x * (torch.rand(x.shape, device=x.device) >= p).to(x.dtype) / (1 - p)
+    mask = (torch.rand(x.shape, device=x.device) >= p).to(x.dtype)
+    return linear(lambda x: x * mask / (1 - p), x)
 
 
 def resample(x, kind):
     """Halve ("down") or double ("up") the image; "" leaves it as it is."""
     if kind == "down":
-        return tnf.avg_pool2d(x, 2)
-    return tnf.interpolate(x, scale_factor=2, mode="nearest") if kind == "up" else x
+        return linear(lambda x: tnf.avg_pool2d(x, 2), x)
+    return linear(lambda x: tnf.interpolate(x, scale_factor=2, mode="nearest"), x) if kind == "up" else x
 
 
 def self_attention(qkv, heads, normalize):
@@ -336,7 +413,11 @@ def noise_input(t, c_noise, sigma_d):
     logarithm has no bound at 0 and pi/2, so t is kept 1e-4 away from them."""
     if c_noise == "t":
         return t
-    return torch.log(sigma_d * torch.tan(t.clamp(1e-4, math.pi / 2 - 1e-4))) / 4
+    low, high = 1e-4, math.pi / 2 - 1e-4
+
+    def f(t):
+        return torch.log(sigma_d * torch.tan(t.clamp(low, high))) / 4
+    return with_rule(f, lambda t, tt: (f(t), tt * ((t > low) & (t < high)) / (2 * torch.sin(2 * t))), t)
 
 
 class Embedding(nn.Module):
@@ -358,7 +439,12 @@ class Embedding(nn.Module):
         self.register_buffer("phases", phases)
 
     def forward(self, c):
-        return math.sqrt(2) * torch.cos(c.to(self.freqs.dtype)[:, None] * self.freqs + self.phases)
+        def features(c, wave=torch.cos):
+            return math.sqrt(2) * wave(c.to(self.freqs.dtype)[:, None] * self.freqs + self.phases)
+
+        def rule(c, tc):
+            return features(c), -features(c, torch.sin) * self.freqs * tc.to(self.freqs.dtype)[:, None]
+        return with_rule(features, rule, c)
 
 
 class WeightHead(nn.Module):
@@ -392,7 +478,7 @@ class EDM2Embedding(nn.Module):
             emb = mp_sum(emb, self.emb_label(one_hot(y, t, self.classes, emb.dtype)), 0.5)
         if guidance is not None:
             emb = emb + self.guidance_linear(self.guidance_embed(guidance)) * self.guidance_gain
-        return tnf.silu(emb) * SILU_GAIN
+        return linear(lambda v: v * SILU_GAIN, silu(emb))
 
 
 class DDPMppEmbedding(nn.Module):
@@ -402,18 +488,19 @@ class DDPMppEmbedding(nn.Module):
         super().__init__()
         self.sigma_d, self.c_noise, self.classes = sigma_d, c_noise, classes
         self.half, self.emb_scale = channels // 2, emb_scale
-        self.map_label = nn.Linear(classes, channels) if classes else None
-        self.map_layer0 = nn.Linear(channels, 4 * channels)
-        self.map_layer1 = nn.Linear(4 * channels, 4 * channels)
+        self.map_label = Linear(classes, channels) if classes else None
+        self.map_layer0 = Linear(channels, 4 * channels)
+        self.map_layer1 = Linear(4 * channels, 4 * channels)
 
     def forward(self, t, y, guidance):
         dtype = self.map_layer0.weight.dtype
         freqs = self.emb_scale * 1e-4 ** (torch.arange(self.half, device=t.device) / (self.half - 1))
-        angle = noise_input(t, self.c_noise, self.sigma_d)[:, None].to(dtype) * freqs.to(dtype)
+        c = noise_input(t, self.c_noise, self.sigma_d)
+        angle = linear(lambda c: c[:, None].to(dtype) * freqs.to(dtype), c)
         emb = torch.cat([angle.sin(), angle.cos()], dim=1)
         if self.map_label is not None:
             emb = emb + self.map_label(one_hot(y, t, self.classes, dtype))
-        return tnf.silu(self.map_layer1(tnf.silu(self.map_layer0(emb))))
+        return silu(self.map_layer1(silu(self.map_layer0(emb))))
 
 
 class MLP(nn.Module):
@@ -426,10 +513,10 @@ class MLP(nn.Module):
         self.embedding = EDM2Embedding(channels, 64, classes, sigma_d, emb, emb_scale, c_noise, guidance)
         self.head = WeightHead(sigma_d) if head else None
         self.double_norm, self.blocks = double_norm, blocks
-        self.first, self.last = nn.Linear(shape[0], channels), nn.Linear(channels, shape[0])
-        self.inner = nn.ModuleList(nn.Linear(channels, channels) for _ in range(blocks))
-        self.modulate = nn.Linear(channels, 2 * blocks * channels)
-        self.outer = nn.ModuleList(nn.Linear(channels, channels) for _ in range(blocks))
+        self.first, self.last = Linear(shape[0], channels), Linear(channels, shape[0])
+        self.inner = nn.ModuleList(Linear(channels, channels) for _ in range(blocks))
+        self.modulate = Linear(channels, 2 * blocks * channels)
+        self.outer = nn.ModuleList(Linear(channels, channels) for _ in range(blocks))
 
     def forward(self, x, t, y=None, guidance=None, return_w=False):
         emb = self.embedding(t, y, guidance)
@@ -437,7 +524,7 @@ class MLP(nn.Module):
         scale, shift = self.modulate(emb).view(len(x), 2, self.blocks, -1).unbind(1)  # (B, blocks, channels)
         scale, shift = (pnorm(scale, 2), pnorm(shift, 2)) if self.double_norm else (1 + scale, shift)
         for i, (inner, outer) in enumerate(zip(self.inner, self.outer)):
-            h = h + outer(tnf.silu(pnorm(inner(h)) * scale[:, i] + shift[:, i]))
+            h = h + outer(silu(product(pnorm(inner(h)), scale[:, i]) + shift[:, i]))
         F = self.last(h)
         return (F, self.head(t) if self.head else F.new_zeros(len(t))) if return_w else F
 
@@ -465,18 +552,20 @@ class EDM2Block(nn.Module):
         # DEPARTS: sCM adds the two; here the sum is over sqrt(2), because EDM2's layers rely on unit variance
         shape = (len(x), -1, 1, 1)
         if not self.double_norm:
-            return x * (1 + self.emb_linear(emb, self.emb_gain)).view(shape).to(x.dtype)
+            scale = affine(lambda s: 1 + s, lambda v: v, self.emb_linear(emb, self.emb_gain))
+            return product(x, scale.view(shape).to(x.dtype))
         if not self.shift:
-            return pnorm(x) * pnorm(self.emb_linear(emb)).view(shape).to(x.dtype)
-        scale, shift = (pnorm(v) / math.sqrt(2) for v in self.emb_linear(emb).chunk(2, dim=1))
-        return pnorm(x) * scale.view(shape).to(x.dtype) + shift.view(shape).to(x.dtype)
+            return product(pnorm(x), pnorm(self.emb_linear(emb)).view(shape).to(x.dtype))
+        scale, shift = (linear(lambda v: v / math.sqrt(2), pnorm(v)).view(shape).to(x.dtype)
+                        for v in self.emb_linear(emb).chunk(2, dim=1))
+        return product(pnorm(x), scale) + shift
 
     def forward(self, x, emb):
         x = resample(x, self.resample)
         if self.encoder:
             x = pnorm(self.conv_skip(x) if self.conv_skip else x)
-        y = self.modulate(self.conv_res0(tnf.silu(x), SILU_GAIN), emb)
-        y = self.conv_res1(dropout(tnf.silu(y), self.dropout, self.training), SILU_GAIN)
+        y = self.modulate(self.conv_res0(silu(x), SILU_GAIN), emb)
+        y = self.conv_res1(dropout(silu(y), self.dropout, self.training), SILU_GAIN)
         if not self.encoder and self.conv_skip:
             x = self.conv_skip(x)
         x = mp_sum(x, y, 0.3)
@@ -484,23 +573,6 @@ class EDM2Block(nn.Module):
             x = mp_sum(x, self.attn_proj(self_attention(self.attn_qkv(x), self.heads, normalize=True)), 0.3)
         # DEPARTS: EDM2 clips in float32, too; here only in float16, because a clip has no tangent beyond it
         return x.clamp(-256, 256) if x.dtype == torch.float16 else x
-
-
-class Conv2d(nn.Conv2d):
-    """Convolves in x's precision. Autocast would do that, but it does not reach into a JVP."""
-
-    def forward(self, x):
-        return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
-
-class GroupNorm(nn.GroupNorm):
-    """DDPM++'s. Normalizes in float32 or wider, and gives the result in x's precision."""
-
-    def __init__(self, channels):
-        super().__init__(min(32, channels // 4), channels, eps=1e-6)
-
-    def forward(self, x):
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class DDPMppBlock(nn.Module):
@@ -511,19 +583,20 @@ class DDPMppBlock(nn.Module):
         self.resample, self.dropout = resample, dropout
         self.norm0, self.norm1 = GroupNorm(cin), GroupNorm(cout)
         self.conv0, self.conv1 = Conv2d(cin, cout, 3, padding=1), Conv2d(cout, cout, 3, padding=1)
-        self.affine = nn.Linear(dim, cout)
+        self.affine = Linear(dim, cout)
         self.skip = Conv2d(cin, cout, 1) if cin != cout or resample else None
         self.norm2 = GroupNorm(cout) if attend else None
         self.qkv, self.proj = (Conv2d(cout, n * cout, 1) if attend else None for n in (3, 1))
 
     def forward(self, x, emb):
-        y = self.conv0(resample(tnf.silu(self.norm0(x)), self.resample))
+        y = self.conv0(resample(silu(self.norm0(x)), self.resample))
         y = self.norm1(y + self.affine(emb)[:, :, None, None].to(y.dtype))
-        y = self.conv1(dropout(tnf.silu(y), self.dropout, self.training))
-        x = (y + (self.skip(resample(x, self.resample)) if self.skip else x)) * math.sqrt(0.5)
+        y = self.conv1(dropout(silu(y), self.dropout, self.training))
+        x = self.skip(resample(x, self.resample)) if self.skip else x
+        x = linear(lambda a, b: (a + b) * math.sqrt(0.5), y, x)
         if self.qkv:
             y = self_attention(self.qkv(self.norm2(x)), 1, normalize=False)
-            x = (x + self.proj(y)) * math.sqrt(0.5)
+            x = linear(lambda a, b: (a + b) * math.sqrt(0.5), x, self.proj(y))
         return x
 
 
@@ -599,8 +672,9 @@ class UNet(nn.Module):
         emb = self.embedding(t, y, guidance)
         x = x.to(self.dtype or emb.dtype)
         if self.edm2:
-            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-            x = x.to(memory_format=torch.channels_last)  # faster; the JVP of GroupNorm does not take it
+            x = x.to(memory_format=torch.channels_last)
+            x = affine(lambda x: tnf.pad(x, (0, 0, 0, 0, 0, 1), value=1.0),
+                       lambda v: tnf.pad(v, (0, 0, 0, 0, 0, 1)), x)
         skips = []
         for name, block in self.enc.items():
             x = block(x) if name.endswith("conv") else self.run(block, x, emb)
@@ -609,7 +683,7 @@ class UNet(nn.Module):
             if "block" in name:
                 x = mp_cat(x, skips.pop()) if self.edm2 else torch.cat([x, skips.pop()], dim=1)
             x = self.run(block, x, emb)
-        x = self.out_conv(x, self.out_gain) if self.edm2 else self.out_conv(tnf.silu(self.out_norm(x)))
+        x = self.out_conv(x, self.out_gain) if self.edm2 else self.out_conv(silu(self.out_norm(x)))
         F = -x.to(emb.dtype)  # EDM's F has the other sign
         return (F, self.head(t) if self.head else F.new_zeros(len(t))) if return_w else F
 
@@ -717,9 +791,11 @@ class Mixture(nn.Module):
         y = gen.index(self.classes)
         return self.mean[y].float() + self.std * gen.normal(*self.shape), gen.labels(y, self.cfg)
 
-    def chunks(self, device):
-        """4,096 points, the same at every call, in place of the training set that a mixture does not have."""
-        yield self.batch(Draw(self.cfg.seed, 2**33, 0, 4096, device))
+    def members(self, c, device):
+        """Points of class c, or of all for -1, out of 4,096 that are the same at every call. They stand for
+        the training set that a mixture does not have."""
+        x, y = self.batch(Draw(self.cfg.seed, 2**33, 0, 4096, device))
+        yield x if c < 0 else x[y == c]
 
     def forward(self, x, t, y=None, guidance=None):
         cos, sin = t.to(x.dtype).cos()[:, None, None], t.to(x.dtype).sin()[:, None, None]
@@ -772,11 +848,29 @@ class Stored:
         x0 = self.x0(index.numpy(), gen.device, gen)
         return x0, gen.labels(self.labels[index].to(gen.device), self.cfg)
 
-    def chunks(self, device, size=4096):
-        """The whole training set with its labels, `size` images at a time; of a latent, its mean."""
-        for lo in range(0, len(self.rows), size):
-            rows = slice(lo, lo + size)
-            yield self.x0(rows, device), self.labels[rows].to(device)
+    @functools.cached_property
+    def by_class(self):
+        """Row numbers, sorted by class, and where each class begins among them."""
+        order = torch.argsort(self.labels, stable=True)
+        return order.numpy(), torch.searchsorted(self.labels[order], torch.arange(self.classes + 1)).tolist()
+
+    @functools.cached_property
+    def converted(self):
+        """x0 of all rows, sorted by class, if they take less than 2 GiB; else None."""
+        return self.x0(self.by_class[0], "cpu") if 4 * math.prod(self.rows.shape) < 2**31 else None
+
+    def members(self, c, device, size=4096, limit=0, seed=0):
+        """x0 of class c, or of all classes for -1, `size` images at a time; of a latent, its mean. With a
+        limit, so many neighbours on disk from a place that depends on `seed`."""
+        order, begins = self.by_class
+        lo, hi = (0, len(order)) if c < 0 else begins[c:c + 2]
+        if limit and limit < hi - lo:
+            start = np.random.default_rng(seed).integers(hi - lo)
+            yield self.x0(order[lo + (start + np.arange(limit)) % (hi - lo)], device)
+            return
+        for first in range(lo, hi, size):
+            part = slice(first, min(first + size, hi))
+            yield self.x0(order[part], device) if self.converted is None else self.converted[part].to(device)
 
     def x0(self, index, device, gen=None):
         rows = torch.from_numpy(np.array(self.rows[index])).to(device).float()
@@ -850,19 +944,16 @@ def image_folder(cfg):
         files = [(n, (root / n if root.is_dir() else root).stat().st_mtime_ns) for n in names]
     key = hashlib.sha1(repr((str(root.resolve()), files, cfg.image_size)).encode()).hexdigest()[:16]
 
-    def prepare():
-        first = decode(names[0], read, cfg.image_size)
-        if first.shape[1] != first.shape[2]:
-            fail(f"{names[0]} is not square: give --image_size to crop and resize")
+    side = cfg.image_size or decode(names[0], read, 0).shape[1]
 
-        def encode(part):
-            images = [decode(name, read, cfg.image_size) for name in part]
-            for name, image in zip(part, images):
-                if image.shape != first.shape:
-                    fail(f"{name} and {names[0]} differ in size: give --image_size to crop and resize")
-            return np.stack(images)
-        return names, labels, encode
-    return open_store(Path("data/cache", f"{root.stem[:40]}-{cfg.image_size}-{key}"), prepare)
+    def encode(part):
+        images = [decode(name, read, cfg.image_size) for name in part]
+        for name, image in zip(part, images):
+            if image.shape != (3, side, side):
+                fail(f"{name} is not {side} x {side} pixels: give --image_size to crop and resize")
+        return np.stack(images)
+    folder = Path("data/cache", f"{root.stem[:40]}-{cfg.image_size}-{key}")
+    return open_store(folder, lambda: (names, labels, encode))
 
 
 def cifar10(cfg):
@@ -985,7 +1076,9 @@ def open_store(folder, prepare, about=None, batch=256):
 def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp")):
     """Names, labels and read(name) -> bytes of the images in class folders, or in EDM's zip with
     dataset.json."""
-    if root.is_dir():
+    with reading(f"--data {root}"):
+        is_folder = root.is_dir()
+    if is_folder:
         with reading(f"--data {root}"):
             names = sorted(name for name in walk(root) if name.lower().endswith(suffixes))
         tops = [Path(n).parts[0] if len(Path(n).parts) > 1 else "" for n in names]
@@ -1009,7 +1102,9 @@ def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp")):
 
 def walk(root):
     """Names of the files below root, also through symbolic links to folders, but never back to one above."""
-    for folder, folders, files in os.walk(root, followlinks=True):
+    def stop(error):
+        raise error
+    for folder, folders, files in os.walk(root, onerror=stop, followlinks=True):
         above = os.path.realpath(os.path.dirname(os.path.abspath(folder))) + os.sep
         if above.startswith(os.path.realpath(folder) + os.sep):
             folders.clear()

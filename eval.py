@@ -108,8 +108,10 @@ def read_npz(path):
 def adm_samples(file, path):
     """Points (N, D), or images as uint8 (N, 3, H, W), from the arrays of an .npz in ADM's layout."""
     x = file.get("arr_0")
-    if x is None or x.ndim not in (2, 4) or x.ndim == 4 and (x.dtype != np.uint8 or x.shape[3] != 3):
-        fail(f"{path}: no samples, arr_0 of points or of uint8 (N, H, W, 3), in it")
+    images = x is not None and x.ndim == 4 and x.dtype == np.uint8 and x.shape[3] == 3
+    points = x is not None and x.ndim == 2 and x.dtype.kind == "f" and np.isfinite(x).all()
+    if not (images or points):
+        fail(f"{path}: no samples, arr_0 of finite points or of uint8 (N, H, W, 3), in it")
     return x if x.ndim == 2 else x.transpose(0, 3, 1, 2)
 
 
@@ -230,9 +232,9 @@ def feature_network(name, weights, device):
     path = Path(weights or "data/inception-2015-12-05.pt") if name == "inception" else Path(name)
     if name == "inception" and not weights:
         common.download(INCEPTION, path)
-    if not path.exists():
-        fail(f"no feature network at {path}: give --features inception, dinov2, pixels or a TorchScript file")
     with reading(f"{path} is no TorchScript module"):
+        if not path.exists():
+            fail(f"no feature network at {path}: --features takes inception, dinov2, pixels or a TorchScript file")
         net = torch.jit.load(path, map_location=device).eval()
 
     def script(x):
@@ -241,7 +243,13 @@ def feature_network(name, weights, device):
             return net(x).flatten(1).cpu(), None
         plain = dict(no_output_bias=True) if "no_output_bias" in known else {}  # as the score is defined
         return net(x, return_features=True).cpu(), net(x, **plain).cpu()        # NVIDIA's Inception-v3
-    return script
+
+    def checked(x):
+        with reading(f"{path} does not turn uint8 images (B, 3, H, W) into features (B, d)"):
+            features, probabilities = script(x)
+            assert len(features) == len(x) and features.isfinite().all(), "its features are not all finite"
+            return features, probabilities
+    return checked
 
 
 def pretrained(kind, given, hub, flag):
@@ -491,8 +499,9 @@ def parse_args(argv):
         fail("--samples must be at least 2, --nfe, --batch, --seeds and --jobs at least 1")
     if bool(args.runs) == bool(args.toy) or args.toy and WORLD > 1:
         fail("give the run folders to compare, or --toy STEPS (with --jobs, not under torchrun)")
-    if args.reference and not Path(args.reference).exists():
-        fail(f"there is no --reference {args.reference}")
+    with reading(f"cannot read --reference {args.reference}"):
+        if args.reference and not Path(args.reference).exists():
+            fail(f"there is no --reference {args.reference}")
     first = Path((args.runs or ["out/toy"])[0])
     args.out = args.out or str(first.parent if first.suffix else first)
     return args

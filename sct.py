@@ -49,6 +49,7 @@ class Config(common.Config):
     delta: float = 1e-4  # in the weight 1 / (t - s + delta); ECT has 0
     weighting: Literal["gap", "snr"] = "gap"  # 1 / (t - s + delta), or 1 / t^2 + 1 / sigma_d^2
     reference: Literal["batch", "dataset"] = "batch"  # sct averages over the global batch, or all of the data
+    class_size: int = 0  # images of a class that sct averages over, drawn anew each step; 0 is all
     phases: int = 1  # K, segments of the ODE, which is the number of sampling steps, too; 1 is off
     eta: float = 1.0  # with phases, sampling stops at eta times the edges (Eq. 20); 1 is off
     sigmas: tuple = (80.0, 0.821)  # noise levels of the sampler without phases; for more steps, EDM's grid
@@ -73,10 +74,11 @@ PRESETS = {  # DEPARTS: paper names no q, d and delta for SCT, and no edges; tho
                     c_noise="log", shrink=2**0.5, stage_steps=12_500),
     ("cifar10", "ect"): dict(shrink=2.0, stage_steps=25_000, delta=0.0),
     # FID of 1 / 2 steps: ect S 5.51 / 3.18, M 3.67 / 2.35; sct S 5.10 / 3.05, M 3.30 / 2.13 (with
-    # --batch 1024, 2.42 / 1.55). The paper does not say its reference set; a batch of 128 has hardly two
-    # images of a class.
+    # --batch 1024, 2.42 / 1.55). The paper does not say its reference set. A batch of 128 has hardly
+    # two images of a class, so here it is 256 images of each sample's class.
     "imagenet64": dict(batch=128, steps=100_000, lr=1e-3, lr_ref=2000, dropout=0.4, emb="fourier",
-                       P_mean=-0.8, P_std=1.6, stage_steps=12_500, huber=0.06, sigmas=(80.0, 1.526)),
+                       P_mean=-0.8, P_std=1.6, stage_steps=12_500, huber=0.06, sigmas=(80.0, 1.526),
+                       reference="dataset", class_size=256),
     ("imagenet64", "M"): dict(channels=256, lr=9e-4, dropout=0.5),
     ("imagenet64", "ect"): dict(shrink=4.0, stage_steps=25_000, weighting="snr"),
     ("imagenet64", "diffusion"): dict(batch=2048, steps=2**19, lr_warmup=4883, lr_ref=35_000),  # EDM2's
@@ -140,39 +142,59 @@ def diffusion(net, target, data, x0, y, step, cfg, gen):
     return (weight * mse).mean(), {}
 
 
-def reference(data, step, cfg, device):
-    """Chunks (x_i, y_i) of the reference set, which holds x_0 itself: the global batch, or all of the data.
-    For the ring, which has no end, that is the batch and 4,096 fixed points."""
-    if cfg.reference == "batch" or cfg.dataset == "gmm":
-        yield data.batch(common.Draw(cfg.seed, step, 0, cfg.batch, device))
-    if cfg.reference == "dataset":
-        yield from data.chunks(device)
+def reference(data, x0, y, step, cfg):
+    """members(c) -> chunks of the x_i of class c in the reference set, of all classes for c = -1. The set
+    holds x_0 itself. It is the global batch, or all of the data (for the ring, which has no end, the batch
+    and 4,096 fixed points); with --class_size, so many images of each class, other ones in each step."""
+    near = cfg.reference == "batch" or cfg.dataset == "gmm"
+    batch = data.batch(common.Draw(cfg.seed, step, 0, cfg.batch, x0.device)) if near else (x0, y)
+
+    def members(c):
+        if near or cfg.class_size:
+            yield batch[0] if c < 0 else batch[0][batch[1] == c]
+        if cfg.reference == "dataset":
+            limit = dict(limit=cfg.class_size, seed=(cfg.seed, step, c + 1)) if cfg.class_size else {}
+            yield from data.members(c, x0.device, **limit)
+    return members
 
 
-def stable_target(x_t, t, y, chunks):
-    """x* = sum_i W_i x_i (Eq. 14; as W sums to 1, the paper's further 1/n is left out) within the class of y
-    (Eq. 13), or over all classes for y = -1.
+def stable_target(x_t, t, y, members):
+    """x* = sum_i W_i x_i (Eq. 14; as W sums to 1, the paper's further 1/n is left out) over the class of y
+    (Eq. 13), or over all classes for y = -1. Also the variances, per sample, of x* and of a single x_i."""
+    classes = torch.full((len(x_t),), -1, device=x_t.device) if y is None else y
+    results = torch.empty_like(x_t), x_t.new_empty(len(x_t)), x_t.new_empty(len(x_t))
+    for c in classes.unique().tolist():
+        rows = classes == c
+        for result, part in zip(results, posterior(x_t[rows], t[rows], members(c))):
+            result[rows] = part
+    return results
 
-    Also returns the variances, per sample, of x* and of a single x_i given x_t: W^2 and W times the squared
-    distances from x*. One pass over the chunks, in log space, relative to the greatest log-weight so far."""
+
+def posterior(x_t, t, chunks):
+    """Mean of x_i given x_t with weights W_i, and the variances of that mean and of a single x_i: sums of W^2
+    and W times the squared distances from the mean.
+
+    One pass over the chunks, in log space, relative to the greatest log-weight so far."""
     x, top = x_t.flatten(1), x_t.new_full((len(x_t), 1), -1e30)
-    sum1, sum2 = 0, 0  # of W and W^2, times (x_i, ||x_i||^2, 1)
-    for x_i, y_i in chunks:
+    first, second, total = 0, 0, 0  # sums of (W, W^2) times x_i, ||x_i||^2 and 1
+    for x_i in chunks:
         x_i = x_i.flatten(1).to(x)
-        norm = x_i.square().sum(1, keepdim=True)
+        norm = torch.linalg.vector_norm(x_i, dim=1, keepdim=True) ** 2
         logits = (x @ x_i.T - norm.T / 2) / like(t, x) ** 2  # log P(x_t | x_i), up to ||x_t||^2
-        if y is not None:
-            logits = logits.masked_fill((y_i != y[:, None]) & (y[:, None] >= 0), -math.inf)
         top, old = torch.maximum(top, logits.amax(1, keepdim=True)), top
-        W, moments = (logits - top).exp(), torch.cat([x_i, norm, torch.ones_like(norm)], 1)
-        sum1 = sum1 * (old - top).exp() + W @ moments
-        sum2 = sum2 * (2 * (old - top)).exp() + W**2 @ moments
-    sum1, sum2 = sum1 / sum1[:, -1:], sum2 / sum1[:, -1:] ** 2
-    mean = sum1[:, :-2]
+        W, fade = (logits - top).exp(), (old - top).exp()
+        W, fade = torch.cat([W, W**2]), torch.cat([fade, fade**2])
+        first, second = first * fade + W @ x_i, second * fade + W @ norm
+        total = total * fade + W.sum(1, keepdim=True)
+    whole = total[:len(x)]  # makes W sum to 1
+    whole = torch.cat([whole, whole**2])
+    first, second, total = first / whole, second / whole, total / whole
+    mean = first[:len(x)]
 
-    def spread(a):  # sum of weight ||x_i - mean||^2
-        return (a[:, -2] - 2 * (a[:, :-2] * mean).sum(1) + a[:, -1] * mean.square().sum(1)).clamp(min=0)
-    return mean.view_as(x_t), spread(sum2), spread(sum1)
+    def spread(rows):  # sum of weight ||x_i - mean||^2
+        along, square = (first[rows] * mean).sum(1), mean.square().sum(1)
+        return (second[rows, 0] - 2 * along + total[rows, 0] * square).clamp(min=0)
+    return mean.view_as(x_t), spread(slice(len(x), None)), spread(slice(len(x)))
 
 
 def consistency(net, target, x_t, t, x_s, s, y, cfg, gen, edge):
@@ -199,7 +221,7 @@ def sct(net, target, data, x0, y, step, cfg, gen):
     """Stable consistency tuning. Logs `variance`, that of the target over that of ect's."""
     t, s, edge = times(gen, step, cfg)
     x_t = x0 + like(t, x0) * gen.normal(*x0.shape[1:])
-    x_star, ours, single = stable_target(x_t, t, y, reference(data, step, cfg, x0.device))
+    x_star, ours, single = stable_target(x_t, t, y, reference(data, x0, y, step, cfg))
     loss, info = consistency(net, target, x_t, t, ode_step(x_star, x_t, t, s), s, y, cfg, gen, edge)
     return loss, info | dict(variance=(ours.sum() + 1e-12) / (single.sum() + 1e-12))
 
@@ -305,6 +327,8 @@ def main(argv=None):
         common.fail("--sigmas must be noise levels that fall, such as 80,0.821")
     if cfg.shrink <= 1 or cfg.huber == 0:
         common.fail("--shrink must be above 1, because t - s shrinks by it, and --huber above 0")
+    if cfg.class_size and (cfg.reference != "dataset" or cfg.dataset == "gmm"):
+        common.fail("--class_size goes with --reference dataset, on images")
     if cfg.guidance != 1 and cfg.guide == "label" and not (cfg.conditional and cfg.label_dropout):
         common.fail("--guide label needs a run with --conditional and --label_dropout")
     if cfg.sample:

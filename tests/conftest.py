@@ -43,7 +43,7 @@ def finish(command):
 def preset(script, dataset="gmm", **values):
     """The Config of a script's preset, as without a command line; `values` replace those of the preset."""
     known, found = script.Config.__dataclass_fields__, common.preset(script.PRESETS, dataset)
-    return script.Config(**{k: v for k, v in found.items() if k in known} | values)
+    return script.Config(**dict(dataset=dataset) | {k: v for k, v in found.items() if k in known} | values)
 
 
 def one_line(capsys, function, *words):

@@ -1,4 +1,4 @@
-"""The run: resume, processes, accumulation, sampling, and every error a user can cause."""
+"""The run, in every script: training, resume, processes, accumulation, sampling, and the errors of a user."""
 import json
 import os
 import signal
@@ -12,17 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
+import cm
 import common
+import conftest
+import direct_cm
+import multistep_cm
 import scm
+import sct
+from conftest import ROOT, draw_pictures, finish, one_line, run_here, torchrun
 
-ROOT = Path(scm.__file__).parent
+SCRIPTS = dict(cm=cm, direct_cm=direct_cm, multistep_cm=multistep_cm, sct=sct, scm=scm)
 TOY = ["--channels", "16", "--blocks", "1", "--batch", "128", "--log_every", "1"]
-
-
-def python(*words, launcher=(), timeout=240, **kw):
-    command = [sys.executable, *launcher, *(str(w) for w in words)]
-    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, **kw)
 
 
 def same(a, b, exact=True):
@@ -31,58 +31,89 @@ def same(a, b, exact=True):
         torch.equal(a[k], b[k]) if exact else torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-6) for k in a)
 
 
+def same_optimizer(a, b):
+    pairs = zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values())
+    return all(torch.equal(x[k], y[k]) for x, y in pairs for k in x)
+
+
+def files(out):
+    return {path.name: path.read_bytes() for path in Path(out).glob("[!.]*")}
+
+
 def log(out):
     return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
-def test_toy_learns(train):
+def fails(capsys, *words):
+    return one_line(capsys, scm.main, *words)
+
+
+def test_toy_learns(train, monkeypatch):
     """A few hundred steps bring one-step samples nearer to the data, and every file of a run is there."""
     first = train("--steps", 1, "--out", "a", "--batch", 128)
+    monkeypatch.setattr(common, "energy_distance", conftest.energy_distance)  # of all 5,000 points
     train("--steps", 150, "--out", "b", "--warmup", 50, "--log_every", 50)
     a, b = (json.loads(Path(out, "metrics.json").read_text()) for out in "ab")
     assert b["energy_distance"]["1"] < 0.5 * a["energy_distance"]["1"] and b["ode_error"] < a["ode_error"]
-    assert b["energy_distance"]["ode"] < 0.002 and set(b) == {"energy_distance", "ode_error", "seconds", "steps"}
-    assert {"config.json", "log.jsonl", "ckpt.pt", "metrics.json", "samples-000150.png"} == set(os.listdir("b"))
+    assert b["energy_distance"]["ode"] < 0.002
+    assert set(b) == {"energy_distance", "ode_error", "seconds", "steps"}
+    assert {"config.json", "log.jsonl", "ckpt.pt", "metrics.json", "samples-000150.png"} == set(files("b"))
     assert {"step", "loss", "lr", "grad_norm", "seconds", "samples_per_s"} <= log("b")[0].keys()
     assert first["script"] == "scm" and first["step"] == 1
 
 
-@pytest.mark.parametrize("mode", list(scm.LOSSES))
-def test_every_mode_trains_on_images(mode, train, folder):
-    """Ten steps of each objective on a small U-Net, bf16 torso, labels: finite losses, changed weights."""
-    words = ["--dataset", "folder", "--data", folder, "--channels", 8, "--blocks", 1, "--attention", 4,
-             "--batch", 8, "--log_every", 1, "--dtype", "bf16"]
-    if mode != "diffusion":
-        train(*words, "--mode", "diffusion", "--steps", 2, "--out", "teacher")
-        words += ["--teacher", "teacher", "--dropout", 0.1]
-    if mode in ("scd", "dscd"):
-        words += ["--guidance_max", 2]
-    before = train(*words, "--mode", mode, "--steps", 1, "--out", "start")["net"]
-    ckpt = train(*words, "--mode", mode, "--steps", 8, "--out", "run")
-    assert all(np.isfinite(line["loss"]) for line in log("run"))
-    assert not same(before, ckpt["net"]) and not same(ckpt["net"], ckpt["ema"])
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder of pictures, and a short diffusion run on them."""
+    path = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        pictures = draw_pictures(path / "pictures")
+        run_here("--dataset", "folder", "--data", pictures, "--mode", "diffusion", "--channels", 8, "--blocks", 1,
+                 "--attention", 4, "--batch", 8, "--steps", 2, "--out", "run")
+    return pictures, path / "run"
+
+
+@pytest.mark.parametrize("words", [
+    "cm diffusion", "cm cd --metric huber", "cm ct --metric huber", "cm ict", "cm ctcd", "cm ctct",
+    "direct_cm cm --guidance 2 --intervals 5", "direct_cm direct --guidance 2 --intervals 5",
+    "multistep_cm diffusion", "multistep_cm ct --student_steps 2", "multistep_cm cd --student_steps 2",
+    "multistep_cm pd --student_steps 2 --pd_start 4",
+    "sct diffusion", "sct ect", "sct sct", "sct sct --reference dataset", "sct sct --phases 2",
+    "scm diffusion --dtype bf16", "scm sct --dtype bf16", "scm scd --dtype bf16 --guidance_max 2",
+    "scm dscd --dtype bf16 --guidance_max 2"])
+def test_every_mode_trains_on_images(words, train, base):
+    """From a short diffusion run, with labels and dropout: finite losses, weights that change, an average that
+    trails them. In sct.py, the variance of the averaged target is logged, and at most that of a single one."""
+    (script, mode, *flags), (pictures, teacher) = words.split(), base
+    start = common.read_checkpoint(teacher)["ema"]
+    ckpt = train("--dataset", "folder", "--data", pictures, "--batch", 8, "--steps", 4, "--log_every", 1,
+                 "--teacher", teacher, "--dropout", 0.1, "--mode", mode, *flags, "--out", "run",
+                 script=SCRIPTS[script])
+    lines = log("run")
+    assert len(lines) == 4 and all(np.isfinite(line["loss"]) for line in lines)
+    assert any(not torch.equal(start[k], v) for k, v in ckpt["net"].items() if k in start)
+    assert not same(ckpt["net"], ckpt["ema"])
+    assert all(0 <= line["variance"] <= 1.001 for line in lines if (script, mode) == ("sct", "sct"))
 
 
 def test_student_starts_from_the_teachers_average(train, folder):
     """--teacher RUN gives the student the teacher's architecture and EMA weights, but a fresh weighting head."""
-    words = ["--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 1]
-    ema = train(*words, "--mode", "diffusion", "--channels", 8, "--blocks", 1, "--out", "teacher")["ema"]
-    cfg = common.parse_args(scm.Config, scm.PRESETS, scm.LOSSES, [str(w) for w in words] + ["--teacher", "teacher"])
+    words = ["--dataset", "folder", "--data", str(folder), "--batch", "8", "--steps", "1"]
+    ema = train(*words, "--mode", "diffusion", "--channels", 8, "--blocks", 1, "--seed", 1, "--out", "teacher")["ema"]
+    cfg = common.parse_args(scm.Config, scm.PRESETS, scm.LOSSES, [*words, "--teacher", "teacher"])
     assert cfg.channels == 8 and cfg.blocks == 1
-    data = common.dataset(cfg)
-    net = common.network(cfg, data)
-    head = net.cond.head_linear.weight.clone()
-    common.load_init(net, cfg, data)
-    state = net.state_dict()
-    assert all(torch.equal(state[k], ema[k]) for k in state if ".head_" not in k)
-    assert torch.equal(net.cond.head_linear.weight, head)
+    net = common.network(cfg, common.dataset(cfg))
+    state, fresh = net.state_dict(), common.build(net.options, cfg.seed).state_dict()
+    assert all(torch.equal(state[k], ema[k]) for k in state if not k.startswith("head."))
+    assert all(torch.equal(state[k], fresh[k]) for k in state if k.startswith("head."))
+    assert not torch.equal(fresh["head.linear.weight"], ema["head.linear.weight"])
 
 
 def test_resume_after_kill_is_bit_exact(train):
     """kill -9 in the middle, --resume: weights, average, optimizer and log equal the unbroken run's."""
-    words = [*TOY, "--steps", "60", "--save_every", "7", "--mode", "sct"]
-    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    child = subprocess.Popen([sys.executable, ROOT / "scm.py", *words, "--steps", "100000", "--out", "broken"], env=env,
+    words = [*TOY, "--steps", "60", "--save_every", "7", "--mode", "sct", "--lr_cooldown", "0"]
+    child = subprocess.Popen([sys.executable, ROOT / "scm.py", *words, "--steps", "100000", "--out", "broken"],
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     path, deadline = Path("broken/log.jsonl"), time.time() + 120
     while not (path.exists() and path.read_text().count("\n") > 25) and time.time() < deadline:
@@ -96,46 +127,74 @@ def test_resume_after_kill_is_bit_exact(train):
     broken, whole = train("--resume", "--out", "broken", "--steps", 60), train(*words, "--out", "whole")
     torch.set_num_threads(threads)
     assert same(broken["net"], whole["net"]) and same(broken["ema"], whole["ema"])
-    for a, b in zip(broken["optimizer"]["state"].values(), whole["optimizer"]["state"].values()):
-        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert same_optimizer(broken, whole)
     assert [line["loss"] for line in log("broken")] == [line["loss"] for line in log("whole")]
 
 
-def test_two_processes_and_micro_batches_are_one_run(train):
-    """torchrun with two gloo processes, and accumulation, take the steps of one process on the global batch."""
-    words = [*TOY, "--steps", "5", "--mode", "sct", "--lr_cooldown", "0"]
-    one = train(*words, "--out", "one")
-    accumulated = train(*words, "--micro", 32, "--out", "micro")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = python(ROOT / "scm.py", *words, "--out", "two", "--micro", 32, launcher=launcher)
-    assert result.returncode == 0, result.stderr[-2000:]
+@pytest.mark.parametrize("words, part", [
+    ("cm cd --mu 0.9", "target"), ("cm cd", ""), ("sct sct --stage_steps 2", "weak"), ("direct_cm direct", ""),
+    ("multistep_cm pd --pd_start 8", "target")])
+def test_resume_is_bit_exact_in_every_script(words, part, train):
+    """Stopped and resumed, all that a checkpoint holds is the unbroken run's: also cm.py's average of mu > 0,
+    sct.py's average at half of training, and the last student of pd. Those are no copies of the network."""
+    (script, mode, *flags), run = words.split(), [*TOY, "--lr_cooldown", 0]
+    script = SCRIPTS[script]
+    whole = train(*run, *flags, "--mode", mode, "--steps", 8, "--out", "whole", script=script)
+    real = script.LOSSES[mode]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        def stops(*inputs):
+            if inputs[5] == 6:
+                raise KeyboardInterrupt
+            return real(*inputs)
+        patch.setitem(script.LOSSES, mode, stops)
+        train(*run, *flags, "--mode", mode, "--steps", 8, "--save_every", 5, "--out", "parts", script=script)
+    assert common.read_checkpoint("parts")["step"] == 5
+    parts = train("--resume", "--out", "parts", script=script)
+    assert all(same(whole[name], parts[name]) for name in {"net", "ema", "target"} | {part} - {""})
+    assert same_optimizer(whole, parts) and len(log("parts")) == 8
+    assert same(whole["net"], whole["target"]) == (part != "target")
+    assert part != "weak" or not same(whole["ema"], whole["weak"])
+
+
+def test_two_processes_and_micro_batches_are_one_run(train, capsys):
+    """Two gloo processes, and accumulation, take the steps of one process on the global batch. A resume with
+    another number of processes says that it is not bit for bit."""
+    words = [*TOY, "--mode", "sct", "--lr_cooldown", "0"]
+    one = train(*words, "--steps", 5, "--out", "one")
+    accumulated = train(*words, "--steps", 5, "--micro", 32, "--out", "micro")
+    printed = finish(torchrun("scm", *words, "--steps", 5, "--out", "two", "--micro", 32))
     two = common.read_checkpoint("two")
     assert same(one["net"], accumulated["net"], exact=False) and same(one["net"], two["net"], exact=False)
     losses = [[line["loss"] for line in log(out)] for out in ("one", "micro", "two")]
     assert np.allclose(losses[0], losses[1], rtol=1e-4) and np.allclose(losses[0], losses[2], rtol=1e-4)
-    assert result.stdout.count("ODE error") == 1 and len(losses[2]) == 5  # rank 0 alone writes
+    assert printed.count("ODE error") == 1 and len(losses[2]) == 5  # rank 0 alone writes
+    capsys.readouterr()
+    more = train("--resume", "--steps", 8, "--out", "two")
+    assert "not bit for bit" in capsys.readouterr().out and more["step"] == 8
+    whole = train("--resume", "--steps", 8, "--out", "one")
+    assert same(more["net"], whole["net"], exact=False)
 
 
 def test_same_seed_same_weights(train):
+    """And another seed gives others."""
     a, b, c = (train(*TOY, "--steps", 3, "--seed", seed, "--out", out) for seed, out in [(1, "a"), (1, "b"), (2, "c")])
     assert same(a["net"], b["net"]) and not same(a["net"], c["net"])
 
 
 def test_non_finite_steps_are_skipped_and_then_end_the_run(train, monkeypatch, capsys):
     """One bad step leaves the weights alone; 50 running stop the run in words, the checkpoint intact."""
-    real = scm.LOSSES["sct"]
+    real, words = scm.LOSSES["sct"], [*TOY, "--mode", "sct", "--lr_cooldown", 0]
 
     def broken(net, target, teacher, x0, y, step, cfg, gen):
         loss, info = real(net, target, teacher, x0, y, step, cfg, gen)
         return (loss * float("nan") if bad(step) else loss), info
     monkeypatch.setitem(scm.LOSSES, "sct", broken)
     bad = {2}.__contains__
-    two = train(*TOY, "--mode", "sct", "--lr_cooldown", 0, "--steps", 2, "--out", "two")
-    three = train(*TOY, "--mode", "sct", "--lr_cooldown", 0, "--steps", 3, "--out", "three")
-    assert same(two["net"], three["net"]) and log("three")[-1]["skipped"] == 1
+    two, three = (train(*words, "--steps", n, "--out", n) for n in (2, 3))
+    assert same(two["net"], three["net"]) and log("3")[-1]["skipped"] == 1
     bad = (lambda step: True)
     with pytest.raises(SystemExit) as error:
-        train(*TOY, "--mode", "sct", "--steps", 100, "--out", "bad")
+        train(*words, "--steps", 100, "--out", "bad")
     assert error.value.code == 2 and "non-finite" in capsys.readouterr().err
     assert common.read_checkpoint("bad")["step"] == 1
 
@@ -144,107 +203,88 @@ def test_samples_do_not_depend_on_how_many(train, folder):
     """--sample 5 are the first five of --sample 9; .npz is ADM's format, and PNG a picture."""
     train("--dataset", "folder", "--data", folder, "--channels", 8, "--blocks", 1, "--batch", 8, "--steps", 1,
           "--mode", "sct", "--out", "run")
-    arrays = []
-    for n in (5, 9):
-        result = python(ROOT / "scm.py", "--sample", n, "--nfe", 2, "--out", "run", "--save", f"{n}.npz")
-        assert result.returncode == 0, result.stderr
-        arrays.append(np.load(f"{n}.npz"))
-    a, b = arrays
+    for n in "59":
+        scm.main(["--sample", n, "--nfe", "2", "--out", "run", "--save", f"{n}.npz"])
+    a, b = np.load("5.npz"), np.load("9.npz")
     assert a["arr_0"].shape == (5, 8, 8, 3) and a["arr_0"].dtype == np.uint8
     assert list(b["arr_1"]) == [0, 1, 2] * 3
     assert np.abs(a["arr_0"].astype(int) - b["arr_0"][:5]).max() <= 1
-    assert python(ROOT / "scm.py", "--sample", 4, "--label", 1, "--out", "run").returncode == 0
+    scm.main(["--sample", "4", "--label", "1", "--out", "run"])
     assert Image.open("run/samples.png").size[0] > 8
 
 
-def test_a_bad_flag_overwrites_nothing(train, capsys):
+def test_a_bad_flag_overwrites_nothing(train, monkeypatch):
     """--overwrite keeps the old run until the new one's first step has worked; a teacher is never replaced."""
     train(*TOY, "--steps", 1, "--out", "run")
-    before = {name: Path("run", name).read_bytes() for name in os.listdir("run")}
+    before = files("run")
     with pytest.raises(SystemExit):
         train(*TOY, "--channels", 7, "--out", "run", "--overwrite")
     with pytest.raises(SystemExit):
         train(*TOY, "--mode", "scd", "--teacher", "run", "--out", "run", "--overwrite")
+
+    def broken(*inputs):
+        raise RuntimeError("broken")
+    monkeypatch.setitem(scm.LOSSES, "sct", broken)
     with pytest.raises(RuntimeError):
-        train(*TOY, "--label_dropout", 0.5, "--conditional", "--mode", "sct", "--batch", 128, "--micro", 64, "--out",
-              "run", "--overwrite", script=Broken)
-    assert before == {name: Path("run", name).read_bytes() for name in os.listdir("run")}
+        train(*TOY, "--mode", "sct", "--label_dropout", 0.5, "--conditional", "--out", "run", "--overwrite")
+    assert before == files("run")
 
 
-class Broken:
-    """scm.py with a loss that raises."""
-    Config, PRESETS, LOSSES = scm.Config, scm.PRESETS, scm.LOSSES
-
-    @staticmethod
-    def train(cfg):
-        real, scm.LOSSES["sct"] = scm.LOSSES["sct"], lambda *args: (_ for _ in ()).throw(RuntimeError("broken"))
-        try:
-            scm.train(cfg)
-        finally:
-            scm.LOSSES["sct"] = real
-
-
-CASES = {  # words -> a part of the one line on stderr
-    "unknown flag": (["--speed", "3"], "the flags are --dataset"),
-    "unknown mode": (["--mode", "cd"], "diffusion, scd, sct, dscd"),
-    "unknown dataset": (["--dataset", "mnist"], "gmm, shapes, folder, cifar10"),
-    "unknown choice": (["--tangent", "none"], "normalize"),
-    "not a number": (["--lr", "fast"], "--lr"),
-    "zero nfe": (["--nfe", "0"], "--nfe must be at least 1"),
-    "zero steps": (["--steps", "0"], "--steps must be at least 1"),
-    "micro": (["--batch", "100", "--micro", "32"], "multiple"),
-    "missing checkpoint": (["--sample", "4", "--out", "nowhere"], "no checkpoint"),
-    "nothing to resume": (["--resume", "--out", "nowhere"], "no checkpoint"),
-    "missing teacher": (["--teacher", "nowhere"], "no checkpoint"),
-    "no teacher": (["--teacher", ""], "--teacher RUN"),
-    "exact teacher of images": (["--dataset", "shapes", "--teacher", "exact"], "gmm"),
-    "no data": (["--dataset", "folder", "--mode", "sct"], "--data"),
-    "data not there": (["--dataset", "folder", "--mode", "sct", "--data", "nowhere"], "nowhere"),
-    "not the archive": (["--dataset", "cifar10", "--mode", "sct", "--data", __file__], "cifar-10-binary"),
-    "save": (["--save", "x.gif"], ".png or a .npz"),
-    "guidance": (["--guidance_max", "2"], "--conditional"),
-    "out of range": (["--dropout", "1.5"], "--dropout must be at most"),
-    "negative seed": (["--seed", "-1"], "--seed must be at least 0"),
-    "odd channels": (["--channels", "7"], "--channels must be even"),
-    "odd size": (["--dataset", "shapes", "--mode", "sct", "--image_size", "15"], "multiple of 2"),
-}
+BAD = [  # script and words -> a part of the one line on stderr
+    ("scm --speed 3", "the flags are --dataset"), ("scm --mode cd", "diffusion, scd, sct, dscd"),
+    ("scm --dataset mnist", "gmm, shapes, folder, cifar10"), ("scm --tangent none", "normalize"),
+    ("scm --lr fast", "--lr"), ("scm --nfe 0", "at least 1"),
+    ("scm --steps 0", "at least 1"), ("scm --batch 100 --micro 32", "multiple"),
+    ("scm --sample 4 --out nowhere", "no checkpoint"), ("scm --resume --out nowhere", "no checkpoint"),
+    ("scm --teacher nowhere", "no checkpoint"), ("scm --teacher=", "--teacher RUN"),
+    ("scm --dataset shapes --teacher exact", "gmm"), ("scm --dataset folder --mode sct", "--data"),
+    ("scm --dataset folder --mode sct --data nowhere", "nowhere"),
+    (f"scm --dataset cifar10 --mode sct --data {__file__}", "cifar-10-binary"),
+    ("scm --save x.gif", ".png or a .npz"), ("scm --guidance_max 2", "--conditional"),
+    ("scm --dropout 1.5", "--dropout must be at most"), ("scm --seed -1", "at least 0"),
+    ("scm --channels 7", "--channels must be even"),
+    ("scm --dataset shapes --mode sct --image_size 15", "multiple of 2"),
+    ("sct --dataset folder --data nowhere", "--init"), ("sct --shrink 1", "--shrink"),
+    ("sct --sigmas 1,80", "--sigmas"), ("sct --guidance 1.2 --guide label", "--label_dropout"),
+    ("sct --phases 0", "at least 1"), ("sct --size XL", "size"), ("sct --huber 0", "--huber"),
+    ("sct --dataset shapes --teacher exact", "--init"), ("sct --reference all", "batch"),
+    ("multistep_cm --teacher=", "teacher"), ("multistep_cm --mode pd --pd_start 12", "--pd_start"),
+    ("multistep_cm --mode pd --pd_start 2", "--pd_start"), ("multistep_cm --noise_res 0,64,64", "--noise_res"),
+    ("multistep_cm --teacher_steps 64,inf", "--teacher_steps"), ("multistep_cm --teacher_steps 64", "--teacher_steps"),
+    ("multistep_cm --figure --dataset gmm", "--figure"), ("multistep_cm --guidance 2", "--conditional"),
+    ("multistep_cm --solver heun", "heun"), ("multistep_cm --student_steps 0", "at least 1"),
+    ("multistep_cm --noise_res 32,64", "--noise_res"),
+    ("direct_cm --intervals 300", "1000"), ("direct_cm --intervals 2", "too few"),
+    ("direct_cm --guidance 9", "--conditional"), ("direct_cm --teacher=", "--teacher"),
+    ("direct_cm --loss other", "both"), ("direct_cm --hops -1", "--hops"), ("direct_cm --hops 3", "--hops"),
+    ("cm --points 1", "--points"), ("cm --sigmas 1,80", "--sigmas"), ("cm --mode ctcd --teacher=", "--teacher")]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_one_line_and_exit_2(case, capsys):
-    words, text = CASES[case]
-    with pytest.raises(SystemExit) as error:
-        scm.main(words)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert error.value.code == 2 and len(lines) == 1 and text in lines[0], lines
-
-
-def fails(capsys, *words):
-    """The one line that these words end in."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as error:
-        scm.main([str(w) for w in words])
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert error.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+@pytest.mark.parametrize("words, text", BAD)
+def test_bad_input_is_one_line_and_exit_2(words, text, capsys):
+    """Whatever a user can type wrong: one line that says what, and exit code 2."""
+    script, *flags = words.split()
+    assert text in one_line(capsys, SCRIPTS[script].main, *flags, *["--steps", 1] * ("--steps" not in flags))
 
 
 def test_bad_folders(folder, capsys):
-    def line(path, *words):
-        return fails(capsys, "--dataset", "folder", "--mode", "sct", "--data", path, "--out", "run", *words)
+    """No images, images of many sizes or shapes, and one that is broken; nothing half-made is left."""
+    def line(path):
+        return fails(capsys, "--dataset", "folder", "--mode", "sct", "--data", path, "--out", "run")
     Path("empty").mkdir()
     assert "no images" in line("empty")
     Image.new("RGB", (12, 8)).save(folder / "a" / "wide.png")
-    assert "differ in size" in line(folder) and "--image_size" in line(folder)
+    assert "wide.png" in line(folder) and "--image_size" in line(folder)
     (folder / "a" / "wide.png").unlink()
     (folder / "b" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     assert "broken.png" in line(folder)
     Image.new("RGB", (12, 8)).save("empty/one.png")
-    assert "not square" in line("empty")
-    assert not Path("run").exists()  # nothing half-made is left
+    assert "--image_size" in line("empty")
+    assert not files("run")
 
 
 def test_bad_checkpoints(train, folder, capsys):
+    """Labels, data and flags that do not fit the run; a file that is cut off, or of something else."""
     train(*TOY, "--steps", 1, "--out", "toy")
     good = Path("toy/ckpt.pt").read_bytes()
     words = ["--sample", 4, "--out", "toy"]
@@ -254,8 +294,7 @@ def test_bad_checkpoints(train, folder, capsys):
     assert "shape" in fails(capsys, *images, "--teacher", "toy", "--out", "x")
     train(*images, "--mode", "sct", "--out", "small")
     assert "the classes are 0..2" in fails(capsys, "--sample", 4, "--label", 3, "--out", "small")
-    assert "architecture" in fails(capsys, *images, "--teacher", "small", "--blocks", 2,
-                                   "--out", "x")
+    assert "architecture" in fails(capsys, *images, "--teacher", "small", "--blocks", 2, "--out", "x")
     assert Path("toy/ckpt.pt").read_bytes() == good
     Path("toy/ckpt.pt").write_bytes(good[:len(good) // 2])
     assert "truncated" in fails(capsys, *words)
@@ -264,6 +303,20 @@ def test_bad_checkpoints(train, folder, capsys):
     ckpt = common.read_checkpoint("small")
     torch.save(ckpt | dict(script="cm"), "small/ckpt.pt")
     assert "cm.py" in fails(capsys, "--sample", 4, "--out", "small")
+
+
+def test_a_checkpoint_of_another_version_is_named_as_such(train, capsys):
+    """Weights of other names or sizes, as teacher, to sample from, and to resume."""
+    ckpt = train(*TOY, "--steps", 1, "--out", "run")
+
+    def old(state):
+        return {"cond." + name: value for name, value in state.items()}
+    for change in (dict(ema=old(ckpt["ema"])), dict(options=ckpt["options"] | dict(blocks=3))):
+        torch.save(ckpt | change, "run/ckpt.pt")
+        for words in (["--sample", 4, "--out", "run"], ["--teacher", "run", "--out", "x"]):
+            assert "another version" in fails(capsys, *words)
+    torch.save(ckpt | dict(net=old(ckpt["net"])), "run/ckpt.pt")
+    assert "cannot be resumed" in fails(capsys, "--resume", "--out", "run")
 
 
 def test_loading_a_checkpoint_never_runs_code(capsys):
@@ -277,14 +330,12 @@ def test_loading_a_checkpoint_never_runs_code(capsys):
     assert not Path("owned").exists()
 
 
-def test_a_full_disk_is_said_in_words_and_loses_nothing(tmp_path, capsys):
+def test_a_full_disk_is_said_in_words_and_loses_nothing(capsys):
     """A write that fails half-way leaves the old file whole and no debris."""
     common.atomic_write("file", lambda file: file.write(b"old"))
 
     def full(file):
         file.write(b"new")
         raise OSError(28, "No space left on device")
-    with pytest.raises(SystemExit) as error:
-        common.atomic_write("file", full)
-    assert error.value.code == 2 and "No space left" in capsys.readouterr().err
+    assert "No space left" in one_line(capsys, lambda _: common.atomic_write("file", full))
     assert Path("file").read_bytes() == b"old" and os.listdir() == ["file"]

@@ -35,7 +35,8 @@ class Conv(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.randn(cout, cin, *kernel))
 
     def forward(self, x, gain=1):
-        w = normalize(self.weight, list(range(1, self.weight.ndim))) * gain / math.sqrt(self.weight[0].numel())
+        w = normalize(self.weight, list(range(1, self.weight.ndim)))
+        w = w * gain / math.sqrt(self.weight[0].numel())
         return x @ w.t() if w.ndim == 2 else tnf.conv2d(x, w, padding=w.shape[-1] // 2)
 
 
@@ -110,7 +111,8 @@ class UNet(torch.nn.Module):
             else:
                 self.dec[f"{r}x{r}_up"] = Block(cout, cout, emb, "dec", "up")
             for i in range(num_blocks + 1):
-                self.dec[f"{r}x{r}_block{i}"] = Block(cout + skips.pop(), width, emb, "dec", attention=r in attn)
+                cin = cout + skips.pop()
+                self.dec[f"{r}x{r}_block{i}"] = Block(cin, width, emb, "dec", attention=r in attn)
                 cout = width
         self.out_conv = Conv(cout, channels, 3, 3)
 
@@ -137,7 +139,8 @@ class Precond(torch.nn.Module):
     def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5, **kw):
         super().__init__()
         self._init_args = ()
-        self._init_kwargs = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, **kw)
+        self._init_kwargs = kw | dict(img_resolution=img_resolution, img_channels=img_channels,
+                                      label_dim=label_dim)
         self.sigma_data = sigma_data
         self.unet = UNet(img_resolution, img_channels, label_dim, kw["model_channels"], kw["channel_mult"],
                          kw["num_blocks"], kw["attn_resolutions"])
@@ -157,7 +160,8 @@ def ddpmpp_block(P, x, emb, resample=""):
     def norm(name, x):
         b, c, h, w = x.shape
         x = x.reshape(b, min(32, c // 4), -1)
-        x = ((x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True, unbiased=False) + 1e-6).sqrt()).reshape(b, c, h, w)
+        x = (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True, unbiased=False) + 1e-6).sqrt()
+        x = x.reshape(b, c, h, w)
         return x * P[name + ".weight"].view(-1, 1, 1) + P[name + ".bias"].view(-1, 1, 1)
 
     def scale(x):
@@ -221,8 +225,8 @@ def snapshot(net, path, extra=None):
         def reducer_override(self, obj):
             if type(obj).__module__ != __name__:
                 return NotImplemented
-            meta = util.EasyDict(type="class", version=6, module_src="raise SystemError", class_name=type(obj).__name__,
-                                 state=obj.__dict__)
+            meta = util.EasyDict(type="class", version=6, module_src="raise SystemError",
+                                 class_name=type(obj).__name__, state=obj.__dict__)
             return alarm, (meta,)
     fakes = {"torch_utils": types.ModuleType("torch_utils"), "torch_utils.persistence": persistence,
              "dnnlib": types.ModuleType("dnnlib"), "dnnlib.util": util}
@@ -278,13 +282,15 @@ class EDMPrecond(torch.nn.Module):
 def test_edms_ddpmpp_snapshot_is_the_same_denoiser(train, folder):
     """The published layout of EDM's CIFAR-10 networks, to float tolerance; and it starts and teaches a student."""
     torch.manual_seed(0)
-    ours = common.DDPMpp((3, 8, 8), 4, channels=16, channel_mult=(1, 2), blocks=2, attention=(4,), head=False)
+    ours = common.build(dict(arch="ddpmpp", shape=(3, 8, 8), classes=4, channels=16, channel_mult=(1, 2), blocks=2,
+                             attention=(4,), double_norm=False, head=False))
     top, P = EDMPrecond(), {}
-    top._init_kwargs = dict(img_resolution=8, img_channels=3, label_dim=4, model_type="SongUNet", model_channels=16,
-                            channel_mult=[1, 2], num_blocks=2, attn_resolutions=[4], augment_dim=9)
+    top._init_kwargs = dict(img_resolution=8, img_channels=3, label_dim=4, model_type="SongUNet",
+                            model_channels=16, channel_mult=[1, 2], num_blocks=2, attn_resolutions=[4],
+                            augment_dim=9)
     for name, value in ours.state_dict().items():
-        name = name.replace("cond.", "").replace("norm.", "dec.8x8_aux_norm.", name.startswith("norm."))
-        P[name.replace("last.", "dec.8x8_aux_conv.")] = 0.2 * torch.randn(value.shape) + ("norm" in name)
+        name = name.replace("embedding.", "").replace("out_", "dec.8x8_aux_")
+        P[name] = 0.2 * torch.randn(value.shape) + ("norm" in name)
     P |= {"map_augment.weight": torch.randn(16, 9), "dec.8x8_up.skip.resample_filter": torch.ones(1, 1, 2, 2)}
     for name, value in P.items():
         node = top
@@ -303,8 +309,8 @@ def test_edms_ddpmpp_snapshot_is_the_same_denoiser(train, folder):
     (folder / "d").mkdir()
     (folder / "a" / "0.png").rename(folder / "d" / "0.png")
     for mode, dtype in (("scd", "fp32"), ("sct", "bf16")):
-        ckpt = train("--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 2, "--mode", mode, "--teacher", "edm.pkl",
-                     "--dropout", 0.1, "--dtype", dtype, "--out", mode)
+        ckpt = train("--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 2, "--mode", mode,
+                     "--teacher", "edm.pkl", "--dropout", 0.1, "--dtype", dtype, "--out", mode)
         assert ckpt["options"]["arch"] == "ddpmpp" and ckpt["options"]["channel_mult"] == (1, 2)
 
 
@@ -319,8 +325,9 @@ def test_edm2s_snapshot_teaches(edm2, train, folder):
     assert student["options"]["emb"] == "fourier" and student["options"]["channels"] == 16
     tuned = train(*flags, "--mode", "diffusion", "--init", "edm2-tiny.pkl", "--emb", "positional", "--c_noise", "t",
                   "--double_norm", "true", "--norm_shift", "false", "--lr", "0", "--out", "tuned")
-    kept = common.pnorm(common.read_edm("edm2-tiny.pkl")["net"]["enc.0.conv0.weight"], (1, 2, 3))
-    assert torch.allclose(tuned["net"]["enc.0.conv0.weight"], kept, atol=1e-3)
+    name = "enc.8x8_block0.conv_res0.weight"
+    kept = common.pnorm(common.read_edm("edm2-tiny.pkl")["net"][name], (1, 2, 3))
+    assert torch.allclose(tuned["net"][name], kept, atol=1e-3)
     train(*flags, "--mode", "scd", "--teacher", "tuned", "--out", "scd")
 
 
@@ -363,8 +370,8 @@ def test_diffusers_unet_predicts_its_noise(train, folder):
     cos, sin = t.cos()[:, None, None, None], t.sin()[:, None, None, None]
     assert torch.allclose(F, (cos * 0.5 * eps - sin * x_0) / 0.5, atol=1e-3)
     assert common.Diffusers("ddpm", 0.5)(x_t, torch.full((4,), math.pi / 2).double()).isfinite().all()
-    ckpt = train("--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 1, "--channels", 8, "--teacher", "ddpm",
-                 "--out", "cd", script=cm)
+    ckpt = train("--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 1, "--channels", 8,
+                 "--teacher", "ddpm", "--out", "cd", script=cm)
     assert ckpt["step"] == 1
 
 
