@@ -943,7 +943,6 @@ def image_folder(cfg):
     with reading(f"--data {root}"):
         files = [(n, (root / n if root.is_dir() else root).stat().st_mtime_ns) for n in names]
     key = hashlib.sha1(repr((str(root.resolve()), files, cfg.image_size)).encode()).hexdigest()[:16]
-
     side = cfg.image_size or decode(names[0], read, 0).shape[1]
 
     def encode(part):
@@ -1029,58 +1028,58 @@ def open_store(folder, prepare, about=None, batch=256):
     prepare() -> (names, labels, encode), with encode(some names) -> their rows. All processes write, each
     every WORLD-th batch, and mark in done.npy what is written. So a killed writer goes on where it stopped,
     with any number of processes. A folder that was made from something else than `about` is refused."""
-    paths, found = {name: folder / f"{name}.npy" for name in ("rows", "done", "labels")}, None
+    paths = {name: folder / f"{name}.npy" for name in ("rows", "done", "labels")}
 
-    def load(mode):
-        rows, done = (np.load(paths[name], mmap_mode=mode) for name in ("rows", "done"))
-        labels = np.load(paths["labels"])
-        assert rows.ndim == 4 and len(rows) == len(done) == len(labels) > 0, "arrays of different lengths"
-        assert labels.dtype.kind in "iu" and labels.min() >= 0, "its labels are not whole numbers"
-        return rows, done, labels
-    if (folder / "about.json").exists():
+    def load(mode="r"):
+        """Rows, what is done of them, and labels; None if they are not there, or damaged and to be made
+        anew."""
+        if not (folder / "about.json").exists():
+            return None
         with reading(f"{folder}/about.json is damaged: delete {folder}"):
             before = json.loads((folder / "about.json").read_text())
         if about and before != about:
             fail(f"{folder} was made from other images, --vae or --image_size: move it away first")
-        with contextlib.suppress(OSError, ValueError, AssertionError):  # damaged arrays are made anew
-            found = load("r")
+        with contextlib.suppress(OSError, ValueError):
+            rows, done = (np.load(paths[name], mmap_mode=mode) for name in ("rows", "done"))
+            labels = np.load(paths["labels"])
+            whole = rows.ndim == 4 and len(rows) == len(done) == len(labels) > 0
+            return (rows, done, labels) if whole and labels.dtype.kind in "iu" and labels.min() >= 0 else None
+
+    found = load()
     barrier()  # no process writes before all have looked
     if found and found[1].all():
         return found[0], found[2]
     names, labels, encode = prepare()
-    if RANK == 0 and not found:
-        first = encode(names[:1])
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, dtype, shape in (("rows", first.dtype, first.shape[1:]), ("done", np.uint8, ())):
-                np.lib.format.open_memmap(paths[name], "w+", dtype, (len(names), *shape)).flush()
-                with open(paths[name], "r+b") as file:  # a full disk would kill a memory map later
-                    getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, file.seek(0, 2))
-        atomic_write(paths["labels"], lambda file: np.save(file, np.asarray(labels, np.int64)))
-        atomic_write(folder / "about.json", lambda file: file.write(json.dumps(about).encode()))
-    barrier()
-    with reading(f"{folder} is damaged: delete it"):
+    with lock_folder(folder, wait=True) if RANK == 0 else contextlib.nullcontext():
+        if RANK == 0 and not load():
+            first = encode(names[:1])
+            with writing(folder):
+                for name, dtype, shape in (("rows", first.dtype, first.shape[1:]), ("done", np.uint8, ())):
+                    np.lib.format.open_memmap(paths[name], "w+", dtype, (len(names), *shape)).flush()
+                    with open(paths[name], "r+b") as file:  # a full disk would kill a memory map later
+                        getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, file.seek(0, 2))
+            atomic_write(paths["labels"], lambda file: np.save(file, np.asarray(labels, np.int64)))
+            atomic_write(folder / "about.json", lambda file: file.write(json.dumps(about).encode()))
+        barrier()
         rows, done, labels = load("r+")
-    batches = range(RANK * batch, len(names), WORLD * batch)
-    for lo in tqdm(batches, desc=f"write {folder.name}", unit="batch", disable=None if RANK == 0 else True):
-        part = slice(lo, lo + batch)
-        if not done[part].all():
-            rows[part] = encode(names[part])
-            rows.flush()  # before it counts as done
-            done[part] = 1
-            done.flush()
-    barrier()
-    return load("r")[::2]
+        todo = tqdm(range(RANK * batch, len(names), WORLD * batch), desc=f"write {folder.name}", unit="batch",
+                    disable=None if RANK == 0 else True)
+        for part in (slice(lo, lo + batch) for lo in todo):
+            if not done[part].all():
+                rows[part] = encode(names[part])
+                rows.flush()  # before it counts as done
+                done[part] = 1
+                done.flush()
+        barrier()
+    return load()[::2]
 
 
 def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp")):
     """Names, labels and read(name) -> bytes of the images in class folders, or in EDM's zip with
     dataset.json."""
     with reading(f"--data {root}"):
-        is_folder = root.is_dir()
-    if is_folder:
-        with reading(f"--data {root}"):
-            names = sorted(name for name in walk(root) if name.lower().endswith(suffixes))
+        names = sorted(n for n in walk(root) if n.lower().endswith(suffixes)) if root.is_dir() else None
+    if names is not None:
         tops = [Path(n).parts[0] if len(Path(n).parts) > 1 else "" for n in names]
         classes = sorted(set(tops))
         if "" in classes and len(classes) > 1:
@@ -1503,7 +1502,7 @@ def dry_run(cfg):
     data = dataset(cfg)
     teacher = load_teacher(cfg, data, "cpu")
     with torch.device("meta"):
-        net = network(dataclasses.replace(cfg, init="none"), data)
+        net = network(dataclasses.replace(cfg, init="none"), data, "meta")
     own, held = {p.untyped_storage()._cdata for p in net.parameters()}, []
     for n in (1, 2):  # samples; what does not grow with them are weights in other forms
         x, t = torch.zeros(n, *data.shape, device="meta"), torch.zeros(n, device="meta")
@@ -1562,20 +1561,20 @@ def update_ema(ema, net, step, cfg):
     lerp(ema, net, beta)
 
 
-def lock_folder(folder):
+def lock_folder(folder, wait=False):
     """Keep other runs out of the folder for as long as the returned file is open: the operating system drops
     the lock with the process. Removes what killed writers have left there."""
-    try:
-        import fcntl
-    except ImportError:  # this platform has no such lock
-        return None
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+")
+    try:
+        import fcntl
+    except ImportError:  # this platform has no such lock
+        return file
     file.seek(0)
     holder = file.read()
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         if not holder.startswith(f"process {os.getpid()} "):  # a run that this very process has left
             fail(f"{folder} is in use by {holder or 'another run'}: wait for it, or choose another --out")
@@ -1972,15 +1971,18 @@ def read_pickle(path):
         return Unpickler(file).load()
 
 
-def module_tensors(record, prefix="", seen=()):
-    """The Record of a module -> {name: float32 tensor}, in the order in which they were defined."""
-    if id(record) in seen:  # a module within itself
-        raise ValueError(f"{prefix} holds itself")
+def module_tensors(record, prefix="", seen=None):
+    """The Record of a module -> {name: float32 tensor}, in the order in which they were defined. No module may
+    occur twice: forty that each hold the next one twice would have 2^40 names."""
+    seen = set() if seen is None else seen
+    if id(record) in seen:
+        raise ValueError(f"the module {prefix} occurs twice")
+    seen.add(id(record))
     own = {**record.state["_parameters"], **record.state["_buffers"]}
     found = {prefix + k: v.float() for k, v in own.items() if v is not None}
     for name, child in record.state["_modules"].items():
         if child is not None:
-            found |= module_tensors(child, f"{prefix}{name}.", (*seen, id(record)))
+            found |= module_tensors(child, f"{prefix}{name}.", seen)
     return found
 
 

@@ -234,7 +234,7 @@ def feature_network(name, weights, device):
         common.download(INCEPTION, path)
     with reading(f"{path} is no TorchScript module"):
         if not path.exists():
-            fail(f"no feature network at {path}: --features takes inception, dinov2, pixels or a TorchScript file")
+            fail(f"no feature network at {path}: --features is inception, dinov2, pixels or a TorchScript file")
         net = torch.jit.load(path, map_location=device).eval()
 
     def script(x):

@@ -56,11 +56,15 @@ def one_line(capsys, function, *words):
     return lines[0]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def quick():
+    quick_report(setattr)
+
+
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch):
-    """Every test works in an empty folder of its own, and with a quick report."""
+    """Every test works in an empty folder of its own."""
     monkeypatch.chdir(tmp_path)
-    quick_report(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import math
 import diffusers
 import pytest
 import torch
+from conftest import one_line, preset
 
 import common
 import direct_cm
-from conftest import one_line, preset
 
 
 def config(**values):
@@ -42,11 +42,11 @@ def test_schedule_and_ddim_are_diffusers(ring):
 @pytest.mark.parametrize("solver, order", [("ddim", 1), ("euler", 1), ("heun", 2)])
 def test_orders_of_convergence(solver, order, ring):
     """From label 1000 to 200 with the exact teacher, against 400 Heun steps; there the schedule is smooth."""
-    z, start = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)).double(), torch.full((200,), 1000)
+    z = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)).double()
+    t, s = torch.full((200,), 1000), torch.full((200,), 200)
 
     def solve(n, solver):
-        cfg = config(intervals=n, solver=solver)
-        return direct_cm.solve(ring[2], z, start, torch.full((200,), 200), None, cfg)
+        return direct_cm.solve(ring[2], z, t, s, None, config(intervals=n, solver=solver))
     exact = solve(500, "heun")
     coarse, fine = (common.rms(solve(n, solver), exact) for n in (25, 50))
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.35)
@@ -57,7 +57,8 @@ def test_boundary():
     net, z, cfg = toy_net(), torch.randn(4, 2).double(), config()
     assert torch.equal(direct_cm.f(net, z, torch.zeros(4, dtype=torch.int64), None, cfg), z)
     t = torch.full((4,), 10)
-    assert torch.allclose(direct_cm.f(net, z, t, None, cfg), direct_cm.predict(net, z, t, None, cfg)[0], atol=1e-4)
+    x_0, _ = direct_cm.predict(net, z, t, None, cfg)
+    assert torch.allclose(direct_cm.f(net, z, t, None, cfg), x_0, atol=1e-4)
 
 
 def test_direct_target_is_a_plain_solve(ring):
@@ -102,7 +103,8 @@ def test_metrics():
     """Mean square, and the pseudo-Huber of each element, by hand."""
     a, b = torch.zeros(2, 3), torch.tensor([[0.5] * 3, [1.0] * 3])
     assert direct_cm.METRICS["l2"](a, b).tolist() == [0.25, 1.0]
-    assert direct_cm.METRICS["huber"](a, b).tolist() == pytest.approx([(v + 1e-6) ** 0.5 - 1e-3 for v in (0.25, 1)])
+    expected = [(v + 1e-6) ** 0.5 - 1e-3 for v in (0.25, 1)]
+    assert direct_cm.METRICS["huber"](a, b).tolist() == pytest.approx(expected)
 
 
 def test_sampling_labels():
@@ -117,7 +119,7 @@ def test_sampling_labels():
 
 
 def test_both_students_share_their_draws(train, capsys):
-    """--mode both: two runs on the same draws, and a table; neither is overwritten, and each can be resumed."""
+    """--mode both: two runs on the same draws, and a table; neither is overwritten by a second call."""
     words = ["--channels", "16", "--blocks", "1", "--batch", "64", "--intervals", "10", "--lr_cooldown", "0"]
     direct_cm.main([*words, "--loss", "both", "--steps", "2", "--out", "run"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]

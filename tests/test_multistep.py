@@ -4,12 +4,12 @@ import math
 import diffusers
 import pytest
 import torch
+from conftest import one_line, preset
 from PIL import Image
 
 import cm
 import common
 import multistep_cm as mcm
-from conftest import one_line, preset
 
 
 def config(**values):
@@ -70,8 +70,8 @@ def test_noise_schedule():
 
 
 def test_addim_corrects_the_norm():
-    """DDIM's ||z_s||^2 falls short by tr Var[z_s | z_t] (Eq. 12); aDDIM makes it up. Gaussian data with a mean,
-    where x and eps are nearly orthogonal, as Eq. 14 assumes."""
+    """DDIM's ||z_s||^2 falls short by tr Var[z_s | z_t] (Eq. 12); aDDIM makes it up. The data are a Gaussian
+    with a mean, so x and eps are nearly orthogonal, as Eq. 14 assumes."""
     cfg, mean, std, t, s = config(), 1.0, 0.05, full(20_000, 0.7), full(20_000, 0.6)
     alpha, sigma = (v[0] for v in mcm.alpha_sigma(t, cfg))
     alpha_s, sigma_s = (v[0] for v in mcm.alpha_sigma(s, cfg))
@@ -93,14 +93,15 @@ def test_addim_corrects_the_norm():
 def test_addim_tends_to_ddim():
     """Equal at no variance; otherwise the difference is of second order in the step."""
     cfg, x, z, t = config(), torch.randn(4, 2).double(), torch.randn(4, 2).double(), full(4, 0.5)
-    assert torch.allclose(mcm.addim(x, z, full(4, 0.0), t, full(4, 0.2), cfg), mcm.ddim(x, z, t, full(4, 0.2), cfg))
+    s = full(4, 0.2)
+    assert torch.allclose(mcm.addim(x, z, full(4, 0.0), t, s, cfg), mcm.ddim(x, z, t, s, cfg))
     gaps = [(mcm.addim(x, z, full(4, 0.1), t, t - h, cfg) - mcm.ddim(x, z, t, t - h, cfg)).norm()
             for h in (0.02, 0.01)]
     assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.15)
 
 
 def test_segments_own_their_upper_ends():
-    """t_step <= s < t <= t_step + 1/S on a grid of T, every boundary of the lower segment, all pairs drawn."""
+    """t_step <= s < t <= t_step + 1/S on a grid of T; a boundary is of the lower segment; all are drawn."""
     cfg = config(student_steps=4, teacher_steps=(8, 8))
     t, s, t_step = mcm.times(draw(4000), 0, cfg)
     assert torch.allclose(t - s, full(4000, 1 / 8)) and (s >= t_step).all() and (t <= t_step + 0.25).all()
@@ -130,7 +131,7 @@ def test_as_many_steps_as_the_teacher_is_diffusion():
 
 
 def test_one_segment_is_cm(ring):
-    """S = 1 with a DDIM teacher is cm.py's cd in other coordinates: the same two denoised points, for any net."""
+    """S = 1 with a DDIM teacher is cm.py's cd in other coordinates: the same two points, for any net."""
     _, _, teacher = ring
     cfg = config(student_steps=1, solver="ddim", huber=0.0, teacher_steps=(64, 64))
     x0 = torch.randn(1, 2)
@@ -168,13 +169,15 @@ def test_perfect_f_has_no_loss(steps, monkeypatch):
     wrong = mcm.consistency(None, None, z_t, t, 0.9 * z_t, s, None, cfg, draw(), t_step)[0]
     assert error < 1e-6 * wrong
     noise = cfg.sigma_d * torch.randn(32, 1).double()                           # and it samples the exact ODE
-    assert torch.allclose(mcm.sample(None, noise, None, steps, cfg, None), std * noise / cfg.sigma_d, atol=1e-9)
+    x = mcm.sample(None, noise, None, steps, cfg, None)
+    assert torch.allclose(x, std * noise / cfg.sigma_d, atol=1e-9)
 
 
 def test_progressive_distillation(ring):
     """The student's steps halve down to student_steps; the target matches two steps of the teacher."""
     cfg = config(mode="pd", pd_start=32, student_steps=4, steps=100, solver="ddim", huber=0.0)
-    assert [32 // 2 ** mcm.halvings(step, cfg) for step in (0, 24, 25, 50, 75, 99, 10**6)] == [32, 32, 16, 8, 4, 4, 4]
+    steps = [32 // 2 ** mcm.halvings(step, cfg) for step in (0, 24, 25, 50, 75, 99, 10**6)]
+    assert steps == [32, 32, 16, 8, 4, 4, 4]
     _, _, teacher = ring
     net, x0, gen = toy_net(), torch.randn(64, 2), draw()
     for step, target in ((0, teacher), (80, toy_net(1))):                       # the teacher, then a student
@@ -186,7 +189,7 @@ def test_progressive_distillation(ring):
         for a, b in ((i, i - 0.5), (i - 0.5, i - 1)):
             z = mcm.ddim(mcm.f(target, z, a / n, None, cfg), z, a / n, b / n, cfg)
         one = mcm.ddim(mcm.f(net, z_t, i / n, None, cfg), z_t, i / n, (i - 1) / n, cfg)
-        unit = mcm.ddim(torch.ones_like(z_t), 0 * z_t, i / n, (i - 1) / n, cfg)  # z moves by this per unit of x
+        unit = mcm.ddim(torch.ones_like(z_t), 0 * z_t, i / n, (i - 1) / n, cfg)  # of z per unit of x
         expected = mcm.weighted((one - z) / unit, i / n, cfg)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
@@ -222,8 +225,8 @@ def test_pd_resumes_exactly(train, folder, monkeypatch, capsys):
     images = ["--dataset", "folder", "--data", folder, "--batch", 8]
     train(*images, "--mode", "diffusion", "--channels", 8, "--attention", 4, "--steps", 1, "--out", "base",
           script=mcm)
-    words = [*images, "--teacher", "base", "--mode", "pd", "--pd_start", 8, "--student_steps", 2, "--steps", 9,
-             "--dropout", 0.3, "--save_every", 7]
+    words = [*images, "--teacher", "base", "--mode", "pd", "--pd_start", 8, "--student_steps", 2,
+             "--steps", 9, "--dropout", 0.3, "--save_every", 7]
     whole = train(*words, "--out", "whole", script=mcm)
     assert any(not torch.equal(whole["net"][k], whole["target"][k]) for k in whole["net"])
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from conftest import preset
 
 import common
 import scm
-from conftest import preset
 
 
 def config(**values):
@@ -145,7 +145,8 @@ def test_normalized_clipped_and_raw_tangents():
     df, t = torch.tensor([[3.0, -4.0], [0.0, 0.0], [1e-3, 0.0]]), torch.tensor([0.0, 0.7, 1.4])
     cos = t.cos()[:, None]
     g = cos * df
-    assert torch.allclose(scm.normalize(g, t, config(tangent="normalize", tangent_c=0.1)), g / (cos * rms + 0.1))
+    found = scm.normalize(g, t, config(tangent="normalize", tangent_c=0.1))
+    assert torch.allclose(found, g / (cos * rms + 0.1))
     assert torch.allclose(scm.normalize(g, t, config(tangent="clip")), cos * df.clamp(-1, 1))
     assert torch.equal(scm.normalize(g, t, config(tangent="raw")), g)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import one_line, preset
 
 import common
 import sct
-from conftest import one_line, preset
 
 
 def config(**values):
@@ -87,7 +87,8 @@ def test_weights_vanish_outside_the_class():
     def target(x, label):
         members = Fixed(x, y).members
         return sct.stable_target(torch.zeros(1, 2), full(1, 0.3), torch.tensor([label]), members)[0]
-    assert torch.equal(target(x, 0), target(moved, 0)) and not torch.allclose(target(x, -1), target(moved, -1))
+    assert torch.equal(target(x, 0), target(moved, 0))
+    assert not torch.allclose(target(x, -1), target(moved, -1))
 
 
 def test_alone_in_the_class():
@@ -96,7 +97,8 @@ def test_alone_in_the_class():
     cfg = config(dataset="fixed", reference="batch")
     net = common.build(dict(shape=(2,), classes=4, channels=16, blocks=1, head=False))
     losses = [loss(net, net, Fixed(x, y), x, y, 3000, cfg, draw(4)) for loss in (sct.ect, sct.sct)]
-    assert losses[0][0].item() == pytest.approx(losses[1][0].item(), rel=1e-3) and losses[1][1]["variance"] == 1
+    assert losses[0][0].item() == pytest.approx(losses[1][0].item(), rel=1e-3)
+    assert losses[1][1]["variance"] == 1
 
 
 def test_one_element_reference_is_ect():
@@ -133,7 +135,7 @@ def test_variance_falls_with_the_reference(ring):
         measured.append((errors[0] / errors[1]).item())
         logged.append((errors[2] / errors[1]).item())
     assert measured[0] == 1 and all(b < 0.4 * a for a, b in zip(measured, measured[1:])), measured
-    assert logged[2] == pytest.approx(measured[2], rel=0.3) and logged[3] == pytest.approx(measured[3], rel=0.3)
+    assert logged[2:] == pytest.approx(measured[2:], rel=0.3)
 
 
 def test_schedule_is_ects():
@@ -143,12 +145,13 @@ def test_schedule_is_ects():
         t = torch.tensor([t]).double()
         return (sct.earlier(t, torch.zeros(1), 100 * n, cfg) / t).item()
     assert ratio(80.0, 0) == pytest.approx(0.5) and ratio(0.01, 0) == 0
-    for stage, expected in [(2, (0.3775, 0.606, 0.875)), (4, (0.844, 0.902, 0.969)), (6, (0.961, 0.975, 0.992))]:
+    for stage, expected in [(2, (0.3775, 0.606, 0.875)), (4, (0.844, 0.902, 0.969)),
+                            (6, (0.961, 0.975, 0.992))]:
         assert [ratio(t, stage) for t in (0.01, 1.0, 80.0)] == pytest.approx(list(expected), abs=1e-3)
     found = [ratio(t, 0, shrink=256.0) for t in (0.01, 1.0, 80.0)]
     assert found == pytest.approx([0.9805, 0.9877, 0.9961], abs=1e-4)
     assert ratio(1.0, 0, shrink=256.0, widening=0.0) == 255 / 256          # the fixed partition, Fig. 4
-    assert ratio(80.0, 0, first_stage=0) == 0                              # Eq. 15 as printed: diffusion first
+    assert ratio(80.0, 0, first_stage=0) == 0                              # Eq. 15: diffusion first
 
 
 def test_times_stay_in_their_segment():
@@ -200,7 +203,7 @@ def test_exact_ode_has_no_loss(phases):
         x_s = sct.ode_step(ideal, x_t, t, s)
         a, b = sct.f(exact, x_t, t, None, cfg, edge), sct.f(exact, x_s, s, None, cfg, edge)
         losses.append((a - b).abs().mean().item())
-    assert losses[1] == pytest.approx(losses[0] / cfg.shrink**8, rel=0.1)                  # second order in the gap
+    assert losses[1] == pytest.approx(losses[0] / cfg.shrink**8, rel=0.1)  # second order in the gap
     assert losses[1] < 1e-3
 
 

@@ -1,4 +1,4 @@
-"""direct_cm.py on SDXL: a tiny random pipeline of diffusers' own classes, through the same --pretrained path."""
+"""direct_cm.py on SDXL: a tiny random pipeline of diffusers' own classes, through the same --pretrained."""
 import json
 from pathlib import Path
 
@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import finish, torchrun
 from PIL import Image
 
 import common
 import direct_cm
 import eval as evaluation
 import scm
-from conftest import finish, torchrun
+
+SMALL = dict(block_out_channels=(32, 64), layers_per_block=1, sample_size=8, norm_num_groups=8,
+             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +26,9 @@ def pipeline(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("sdxl")
     unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64), layers_per_block=1, sample_size=8, norm_num_groups=8, cross_attention_dim=64,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=8, transformer_layers_per_block=(1, 1), projection_class_embeddings_input_dim=80)
+        **SMALL, cross_attention_dim=64, attention_head_dim=(2, 4), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=(1, 1),
+        projection_class_embeddings_input_dim=80)
     vae = diffusers.AutoencoderKL(
         block_out_channels=[32, 32], down_block_types=["DownEncoderBlock2D"] * 2, norm_num_groups=8,
         up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, sample_size=16)
@@ -39,7 +42,8 @@ def pipeline(tmp_path_factory):
         bos_token_id=0, eos_token_id=1, pad_token_id=1, hidden_size=32, intermediate_size=37,
         num_attention_heads=4, num_hidden_layers=2, vocab_size=len(words), max_position_embeddings=16,
         projection_dim=32)
-    scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = diffusers.EulerDiscreteScheduler(**betas)
     diffusers.StableDiffusionXLPipeline(
         vae=vae, unet=unet, scheduler=scheduler, tokenizer=tokenizer, tokenizer_2=tokenizer,
         text_encoder=transformers.CLIPTextModel(text),
@@ -54,7 +58,8 @@ def captioned(tmp_path):
     (tmp_path / "captioned").mkdir()
     for i, (image, label) in enumerate(zip(images, labels)):
         Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "captioned" / f"{i}.png")
-        (tmp_path / "captioned" / f"{i}.txt").write_text(["disc", "triangle", "square", "pentagon"][label % 4])
+        word = ["disc", "triangle", "square", "pentagon"][label % 4]
+        (tmp_path / "captioned" / f"{i}.txt").write_text(word)
     return tmp_path / "captioned"
 
 
@@ -70,8 +75,8 @@ def config(words, *more):
 
 
 def test_both_losses_train_and_diffusers_reads_the_adapters(words, pipeline):
-    """LoRA alone is trained and the teacher stays; in a fresh pipeline the file gives the student's eps; and a
-    picture is drawn."""
+    """LoRA alone is trained and the teacher stays; in a fresh pipeline the file gives the student's eps; and
+    a picture is drawn."""
     cfg = config(words)
     data = direct_cm.Captions(cfg, "cpu")
     teacher = direct_cm.SDXL(cfg, data)
@@ -97,8 +102,8 @@ def test_both_losses_train_and_diffusers_reads_the_adapters(words, pipeline):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_only_the_adapters_learn(words, dtype):
-    """One step on the shared U-Net: gradients for LoRA alone, in float32; the teacher's eps stays, the student's
-    moves."""
+    """One step on the shared U-Net: gradients for LoRA alone, in float32; the teacher's eps stays, the
+    student's moves."""
     cfg = config(words, "--dtype", dtype)
     data = direct_cm.Captions(cfg, "cpu")
     teacher = direct_cm.SDXL(cfg, data)
@@ -122,10 +127,7 @@ def test_stable_diffusion_15(pipeline, words):
     """The same path on a pipeline with one text encoder and no pooled embeddings."""
     components = diffusers.StableDiffusionXLPipeline.from_pretrained(pipeline).components
     parts = {name: components[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64), layers_per_block=1, sample_size=8, norm_num_groups=8, cross_attention_dim=32,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    unet = diffusers.UNet2DConditionModel(**SMALL, cross_attention_dim=32)
     pipe = diffusers.StableDiffusionPipeline(unet=unet, safety_checker=None, feature_extractor=None, **parts)
     pipe.save_pretrained("sd15")
     direct_cm.main([*words, "--pretrained", "sd15", "--mode", "cm", "--steps", "2", "--out", "run"])
@@ -150,8 +152,8 @@ def test_unconditional_branch_is_zeros(words):
 
 
 def test_resume_and_two_processes(words, train):
-    """A stopped and resumed run has the unbroken run's adapters, bit for bit; a run of two processes has them to
-    float tolerance."""
+    """A stopped and resumed run has the unbroken run's adapters, bit for bit; a run of two processes has them
+    to float tolerance."""
     words = ["--dataset", "sdxl", "--mode", "cm", *words, "--lr", 1e-4]
     whole = train(*words, "--steps", 3, "--out", "whole", script=direct_cm)
     train(*words, "--steps", 2, "--out", "parts", script=direct_cm)
@@ -197,8 +199,9 @@ def test_bad_input(words, captioned, capsys, folder):
 
 
 def test_eval_scores_images_and_text(words, pipeline, tmp_path):
-    """eval.py draws an SDXL run from prompts, whatever the batch; CLIP's and LAION's scores by their definition."""
-    tokenizer = transformers.CLIPTokenizer(f"{pipeline}/vocab.json", f"{pipeline}/merges.txt", model_max_length=16)
+    """eval.py draws an SDXL run from prompts, whatever the batch; CLIP's and LAION's scores by definition."""
+    files = f"{pipeline}/vocab.json", f"{pipeline}/merges.txt"
+    tokenizer = transformers.CLIPTokenizer(*files, model_max_length=16)
     sizes = dict(hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2)
     text = sizes | dict(bos_token_id=0, eos_token_id=1, pad_token_id=1, vocab_size=len(tokenizer),
                         max_position_embeddings=16)
@@ -211,11 +214,12 @@ def test_eval_scores_images_and_text(words, pipeline, tmp_path):
         part.save_pretrained("clip")
     shapes = {0: (8, 16), 2: (6, 8), 4: (5, 6), 6: (4, 5), 7: (1, 4)}
     state = {f"layers.{i}.weight": torch.randn(shape) for i, shape in shapes.items()}
-    torch.save(state | {f"layers.{i}.bias": torch.randn(shape[0]) for i, shape in shapes.items()}, "laion.pth")
+    state |= {f"layers.{i}.bias": torch.randn(shape[0]) for i, shape in shapes.items()}
+    torch.save(state, "laion.pth")
     (tmp_path / "prompts.txt").write_text("a disc\na square\n\na pentagon\n")
     direct_cm.main([*words, "--out", "xl", "--mode", "cm", "--steps", "1"])
-    flags = ["xl", "--prompts", "prompts.txt", "--nfe", "2", "--clip", "clip", "--aesthetic", "laion.pth", "--write",
-             "--reference", str(tmp_path / "captioned")]
+    flags = ["xl", "--prompts", "prompts.txt", "--nfe", "2", "--clip", "clip", "--aesthetic", "laion.pth",
+             "--write", "--reference", str(tmp_path / "captioned")]
     for batch in ("2", "3"):
         evaluation.main([*flags, "--batch", batch, "--out", f"batch{batch}"])
     a, b = (json.loads((tmp_path / f"batch{batch}" / "eval.json").read_text())[0] for batch in "23")
@@ -228,8 +232,7 @@ def test_eval_scores_images_and_text(words, pipeline, tmp_path):
         cosines = (seen * torch.nn.functional.normalize(torch.cat(read))).sum(1)
         layers = [torch.nn.Linear(*shape[::-1]) for shape in shapes.values()]
         for i, layer in zip(shapes, layers):
-            layer.weight.data = state[f"layers.{i}.weight"]
-            layer.bias.data = torch.load("laion.pth")[f"layers.{i}.bias"]
+            layer.weight.data, layer.bias.data = state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]
         quality = torch.nn.Sequential(*layers)(seen)
     assert b["clip_score"] == pytest.approx(float(cosines.mean()), abs=1e-5) and b["n"] == 3
     assert b["aesthetic_score"] == pytest.approx(float(quality.mean()), rel=1e-4)

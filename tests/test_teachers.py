@@ -1,4 +1,4 @@
-"""Foreign teachers: snapshots of EDM2 in the published layout, read without their code, give EDM2's denoiser."""
+"""Foreign teachers: snapshots in the published layout, read without their code, give their denoiser."""
 import math
 import pickle
 import sys
@@ -15,7 +15,7 @@ import common
 import scm
 
 
-# ---- EDM2's network, from the paper's formulas (Karras et al. 2024, App. A and B), with its parameters' names
+# ---- EDM2's network, from the paper's formulas (Karras et al. 2024, App. A and B), with its own names
 def normalize(x, dims):
     norm = x.square().sum(dims, keepdim=True).sqrt()
     return x / (1e-4 + norm * math.sqrt(norm.numel() / x.numel()))
@@ -155,7 +155,8 @@ class Precond(torch.nn.Module):
 # ---- EDM's DDPM++ (Song et al. 2021; EDM, App. F): formulas written out, parameters by EDM's names
 def ddpmpp_block(P, x, emb, resample=""):
     def conv(name, x):
-        return tnf.conv2d(x, P[name + ".weight"], P[name + ".bias"], padding=P[name + ".weight"].shape[-1] // 2)
+        weight = P[name + ".weight"]
+        return tnf.conv2d(x, weight, P[name + ".bias"], padding=weight.shape[-1] // 2)
 
     def norm(name, x):
         b, c, h, w = x.shape
@@ -185,7 +186,8 @@ def ddpmpp_denoiser(P, x, sigma, onehot, sd=0.5):
     s = sigma[:, None, None, None]
     freqs = (1 / 10000) ** (torch.arange(8).double() / 7)
     angle = (sigma.log() / 4)[:, None] * freqs
-    emb = torch.cat([angle.sin(), angle.cos()], 1) + (onehot * 2) @ P["map_label.weight"].T + P["map_label.bias"]
+    emb = torch.cat([angle.sin(), angle.cos()], 1)
+    emb = emb + (onehot * 2) @ P["map_label.weight"].T + P["map_label.bias"]
     for layer in ("map_layer0", "map_layer1"):
         emb = tnf.silu(emb @ P[layer + ".weight"].T + P[layer + ".bias"])
     blocks = {}
@@ -246,8 +248,8 @@ def denoiser(net, x, sigma, y):
     return cos * (cos * x) - sin * 0.5 * net(cos * x / 0.5, t, y)
 
 
-SMALL = dict(img_resolution=8, img_channels=3, label_dim=4, model_channels=16, channel_mult=[1, 2], num_blocks=2,
-             attn_resolutions=[4])
+SMALL = dict(img_resolution=8, img_channels=3, label_dim=4, model_channels=16, channel_mult=[1, 2],
+             num_blocks=2, attn_resolutions=[4])
 
 
 @pytest.fixture
@@ -260,7 +262,7 @@ def edm2():
 
 
 def test_edm2s_snapshot_is_the_same_denoiser(edm2):
-    """D(x; sigma) over the noise levels of EDM, with labels, to float tolerance; half-precision weights, too."""
+    """D(x; sigma) over EDM's noise levels, with and without labels, to float tolerance; in half, too."""
     net = common.load_net("edm2-tiny.pkl").double()
     sigma = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0]).double()
     x = sigma[:, None, None, None] * torch.randn(5, 3, 8, 8).double() + 0.5 * torch.randn(5, 3, 8, 8).double()
@@ -276,14 +278,14 @@ def test_edm2s_snapshot_is_the_same_denoiser(edm2):
 
 
 class EDMPrecond(torch.nn.Module):
-    """Only the tree of EDM's parameters: EDMPrecond holds `model`, whose blocks have EDM's names and sizes."""
+    """Only the tree of EDM's parameters: it holds `model`, whose blocks have EDM's names and sizes."""
 
 
 def test_edms_ddpmpp_snapshot_is_the_same_denoiser(train, folder):
-    """The published layout of EDM's CIFAR-10 networks, to float tolerance; and it starts and teaches a student."""
+    """EDM's CIFAR-10 networks as published, to float tolerance; and it starts and teaches a student."""
     torch.manual_seed(0)
-    ours = common.build(dict(arch="ddpmpp", shape=(3, 8, 8), classes=4, channels=16, channel_mult=(1, 2), blocks=2,
-                             attention=(4,), double_norm=False, head=False))
+    ours = common.build(dict(arch="ddpmpp", shape=(3, 8, 8), classes=4, channels=16, channel_mult=(1, 2),
+                             blocks=2, attention=(4,), double_norm=False, head=False))
     top, P = EDMPrecond(), {}
     top._init_kwargs = dict(img_resolution=8, img_channels=3, label_dim=4, model_type="SongUNet",
                             model_channels=16, channel_mult=[1, 2], num_blocks=2, attn_resolutions=[4],
@@ -301,7 +303,8 @@ def test_edms_ddpmpp_snapshot_is_the_same_denoiser(train, folder):
         node.register_parameter(name.split(".")[-1], torch.nn.Parameter(value))
     snapshot(top, "edm.pkl")
     net, sigma = common.load_net("edm.pkl").double(), torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0]).double()
-    x, y = (sigma + 0.5)[:, None, None, None] * torch.randn(5, 3, 8, 8).double(), torch.tensor([0, 1, 2, 3, -1])
+    x = (sigma + 0.5)[:, None, None, None] * torch.randn(5, 3, 8, 8).double()
+    y = torch.tensor([0, 1, 2, 3, -1])
     onehot = tnf.one_hot(y.clamp(min=0), 4).double() * (y >= 0)[:, None]
     with torch.no_grad():
         expected = ddpmpp_denoiser({k: v.double() for k, v in P.items()}, x, sigma, onehot)
@@ -315,7 +318,7 @@ def test_edms_ddpmpp_snapshot_is_the_same_denoiser(train, folder):
 
 
 def test_edm2s_snapshot_teaches(edm2, train, folder):
-    """As --teacher it hands its architecture on; as --init into TrigFlow what has another form is learned anew."""
+    """As --teacher it hands on its architecture; as --init, what has another form in TrigFlow starts anew."""
     flags = ["--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 2, "--label_dropout", 0]
     with pytest.raises(SystemExit):  # the pictures have three classes, the network four
         train(*flags, "--mode", "scd", "--teacher", "edm2-tiny.pkl")
@@ -323,8 +326,9 @@ def test_edm2s_snapshot_teaches(edm2, train, folder):
     (folder / "a" / "0.png").rename(folder / "d" / "0.png")
     student = train(*flags, "--mode", "scd", "--teacher", "edm2-tiny.pkl", "--out", "student")
     assert student["options"]["emb"] == "fourier" and student["options"]["channels"] == 16
-    tuned = train(*flags, "--mode", "diffusion", "--init", "edm2-tiny.pkl", "--emb", "positional", "--c_noise", "t",
-                  "--double_norm", "true", "--norm_shift", "false", "--lr", "0", "--out", "tuned")
+    tuned = train(*flags, "--mode", "diffusion", "--init", "edm2-tiny.pkl", "--emb", "positional",
+                  "--c_noise", "t", "--double_norm", "true", "--norm_shift", "false", "--lr", "0",
+                  "--out", "tuned")
     name = "enc.8x8_block0.conv_res0.weight"
     kept = common.pnorm(common.read_edm("edm2-tiny.pkl")["net"][name], (1, 2, 3))
     assert torch.allclose(tuned["net"][name], kept, atol=1e-3)
@@ -351,11 +355,14 @@ def test_foreign_pickles_are_refused_in_one_line(capsys):
     assert "cannot read x.pkl" in capsys.readouterr().err
 
 
+UNET = dict(sample_size=8, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8,
+            down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2)
+
+
 def test_diffusers_unet_predicts_its_noise(train, folder):
-    """At the time steps of its schedule, F is eps and x_0 of the scheduler's own formula; cm.py distills it."""
+    """At the time steps of its schedule, F is eps and x_0 of the scheduler's formula; cm.py distills it."""
     torch.manual_seed(0)
-    net = diffusers.UNet2DModel(sample_size=8, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8,
-                                down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2)
+    net = diffusers.UNet2DModel(**UNET)
     scheduler = diffusers.DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02)
     net.save_pretrained("ddpm")
     scheduler.save_pretrained("ddpm")
@@ -364,7 +371,8 @@ def test_diffusers_unet_predicts_its_noise(train, folder):
     with torch.no_grad():
         eps = net(z, steps).sample
     abar = scheduler.alphas_cumprod[steps].double()
-    x_0 = (z - (1 - abar).sqrt()[:, None, None, None] * eps) / abar.sqrt()[:, None, None, None]  # without clipping
+    noise = (1 - abar).sqrt()[:, None, None, None] * eps
+    x_0 = (z - noise) / abar.sqrt()[:, None, None, None]  # without clipping
     x_t, t = common.to_trigflow(z.double(), abar.sqrt(), (1 - abar).sqrt(), 0.5)
     F = common.Diffusers("ddpm", 0.5)(x_t / 0.5, t)
     cos, sin = t.cos()[:, None, None, None], t.sin()[:, None, None, None]
@@ -380,9 +388,7 @@ def test_diffusers_unet_predicts_its_noise(train, folder):
     ({}, "diffusion_pytorch_model.safetensors", "complete"), ({}, "scheduler_config.json", "complete")])
 def test_other_diffusers_unets_are_refused_in_one_line(options, lost, word, capsys):
     """Conditional ones, those that predict variances, and folders that lack a file."""
-    net = diffusers.UNet2DModel(sample_size=8, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8,
-                                down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2, **options)
-    net.save_pretrained("other")
+    diffusers.UNet2DModel(**UNET, **options).save_pretrained("other")
     diffusers.DDPMScheduler(1000).save_pretrained("other")
     if lost:
         Path("other", lost).unlink()
