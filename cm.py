@@ -251,7 +251,7 @@ def sample(net, noise, y, nfe, cfg, gen):
 # --------------------------------------------------------------------------------------------------- train
 def train(cfg):
     run = common.Run(cfg)
-    data = common.dataset(cfg, run.device)
+    data = common.dataset(cfg, run.device)  # <- method
     teacher = common.load_teacher(cfg, data, run.device)  # <- method
     net = common.network(cfg, data, run.device, head=False)  # <- method
     target = copy.deepcopy(net) if schedule(0, cfg)[1] else net  # <- method: an average, or the live network

@@ -190,8 +190,9 @@ class DualAttention(torch.autograd.Function):
     @staticmethod
     def forward(q, k, v, tq, tk, tv):
         gpu = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)  # Ampere and later
+        interpreter = os.environ.get("TRITON_INTERPRET") == "1" and q.dtype != torch.bfloat16
         fits = q.element_size() <= 4 and q.shape[-1] in (16, 32, 64, 128) and q.shape == k.shape == v.shape
-        fused = (gpu or os.environ.get("TRITON_INTERPRET") == "1") and fits and triton_kernel()
+        fused = (gpu or interpreter) and fits and triton_kernel()
         return (attention_triton if fused else attention_blocks)(q, k, v, tq, tk, tv)
 
     @staticmethod
@@ -208,11 +209,12 @@ def attention_blocks(q, k, v, tq, tk, tv, size=256):
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
     scale = 1 / math.sqrt(q.shape[-1])
     q, tq = q.to(wide) * scale, tq.to(wide) * scale
+    both = torch.cat([tq, q], dim=3)
     m = torch.full_like(q[..., :1], -math.inf)
     l, mu, o, a = 0, 0, 0, 0
     for block in zip(*(x.split(size, dim=2) for x in (k, v, tk, tv))):
         k, v, tk, tv = (x.to(wide) for x in block)
-        s, ts = q @ k.mT, tq @ k.mT + q @ tk.mT                                  # (B, heads, N, size)
+        s, ts = q @ k.mT, both @ torch.cat([k, tk], dim=3).mT                    # (B, heads, N, size)
         before, m = m, torch.maximum(m, s.amax(3, keepdim=True))
         p, fade = (s - m).exp(), (before - m).exp()
         pts = p * ts
@@ -273,16 +275,22 @@ def triton_kernel():
 
 
 def attention_triton(*duals):
-    """Launch the kernel on (q, k, v, tq, tk, tv), each (B, heads, N, c); returns (o, to). Blocks are as large
-    as an H100's registers hold at 64 channels, and smaller for float32, which has no tensor cores without
-    TF32."""
+    """Launch the kernel on (q, k, v, tq, tk, tv), each (B, heads, N, c); returns (o, to).
+
+    The sizes are such that the compiler spills no registers on Hopper, nor on Ampere up to 64 channels. They
+    were found by compiling alone: the kernel has not run on a GPU yet."""
     duals = [x.contiguous() for x in duals]
     out = [torch.empty_like(duals[0]) for _ in range(2)]
     b, heads, n, c = duals[0].shape
-    if duals[0].dtype == torch.float32:
+    device = torch.cuda.get_device_properties(duals[0].device) if duals[0].is_cuda else None
+    roomy = device is None or device.shared_memory_per_block_optin >= 160 * 1024  # A100, H100; not RTX
+    if duals[0].dtype == torch.float32:  # no tensor cores without TF32, so smaller blocks
         rows, cols, warps, stages = 32, 32, 4 if c <= 32 else 8, 1
+    elif c <= 64:
+        rows, cols, warps, stages = 64, 64, 4, 3 if roomy else 2
     else:
-        rows, cols, warps, stages = (64, 64, 4, 3) if c <= 64 else (64, 32, 4, 2)
+        hopper = device is None or device.major == 9
+        rows, cols, warps, stages = 64, 32, 4 if hopper else 8, 2 if roomy else 1
     with torch.cuda.device_of(duals[0]):
         triton_kernel()[(b * heads * triton.cdiv(n, rows),)](
             *duals, *out, n, 1 / math.sqrt(c), c, rows, cols, num_warps=warps, num_stages=stages)
@@ -1972,8 +1980,8 @@ def read_pickle(path):
 
 
 def module_tensors(record, prefix="", seen=None):
-    """The Record of a module -> {name: float32 tensor}, in the order in which they were defined. No module may
-    occur twice: forty that each hold the next one twice would have 2^40 names."""
+    """The Record of a module -> {name: float32 tensor}, in the order in which they were defined. No module
+    may occur twice: forty that each hold the next one twice would have 2^40 names."""
     seen = set() if seen is None else seen
     if id(record) in seen:
         raise ValueError(f"the module {prefix} occurs twice")

@@ -234,7 +234,7 @@ def feature_network(name, weights, device):
         common.download(INCEPTION, path)
     with reading(f"{path} is no TorchScript module"):
         if not path.exists():
-            fail(f"no feature network at {path}: --features is inception, dinov2, pixels or a TorchScript file")
+            fail(f"no feature network at {path}: give inception, dinov2, pixels or a TorchScript file")
         net = torch.jit.load(path, map_location=device).eval()
 
     def script(x):
@@ -407,7 +407,8 @@ def evaluate(path, nfes, args, tools, device):
         if score is not None:
             row |= dict(zip(("clip_score", "aesthetic_score"), score.double().mean(0).tolist()))
         picture = common.density(x, 160) if x.ndim == 2 else common.grid(x[:SHOWN], SHOWN)
-        results[str(path), nfe] = columns | dict(nfe=nfe, n=n) | row, picture
+        row = columns | dict(nfe=nfe, n=n) | row
+        results[str(path), nfe] = row, picture
     return results
 
 

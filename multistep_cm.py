@@ -263,7 +263,7 @@ def sample(net, noise, y, nfe, cfg, gen, path=None):
 # --------------------------------------------------------------------------------------------------- train
 def train(cfg):
     run = common.Run(cfg)
-    data = common.dataset(cfg, run.device)
+    data = common.dataset(cfg, run.device)  # <- method
     teacher = common.load_teacher(cfg, data, run.device)  # <- method
     net = common.network(cfg, data, run.device, head=False)  # <- method
     target = copy.deepcopy(net).eval().requires_grad_(False) if cfg.mode == "pd" else net  # <- method

@@ -254,7 +254,7 @@ def sample(net, noise, y, nfe, cfg, gen):
 # --------------------------------------------------------------------------------------------------- train
 def train(cfg):
     run = common.Run(cfg)
-    data = common.dataset(cfg, run.device)
+    data = common.dataset(cfg, run.device)  # <- method
     teacher = common.load_teacher(cfg, data, run.device)  # <- method
     options = dict(head=cfg.weighting == "adaptive", guidance=cfg.guidance_max > 1)  # <- method
     net = common.network(cfg, data, run.device, **options)  # <- method

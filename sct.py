@@ -42,19 +42,19 @@ class Config(common.Config):
     P_std: float = 2.0  # standard deviation of log(t) in training
     shrink: float = 2.0  # q: the gap t - s shrinks by this factor from stage to stage
     stage_steps: int = 1000  # d: steps of a stage
-    first_stage: int = 1  # exponent of q in the first stage: 1 in ECT's code; 0 starts as diffusion
+    first_stage: int = 1  # exponent of q at first: 1 as in ECT's code; 0 starts as diffusion
     widening: float = 8.0  # k of n(t) = 1 + k sigmoid(-b t), by which the gap is wider at small t
     widening_rate: float = 1.0  # b of n(t)
-    huber: float = 1e-8  # c, width of the pseudo-Huber distance; this small, it is all but the norm
+    huber: float = 1e-8  # c, width of the pseudo-Huber distance; 1e-8 is all but the norm
     delta: float = 1e-4  # in the weight 1 / (t - s + delta); ECT has 0
     weighting: Literal["gap", "snr"] = "gap"  # 1 / (t - s + delta), or 1 / t^2 + 1 / sigma_d^2
-    reference: Literal["batch", "dataset"] = "batch"  # sct averages over the global batch, or all of the data
+    reference: Literal["batch", "dataset"] = "batch"  # sct averages over the batch, or all of the data
     class_size: int = 0  # images of a class that sct averages over, drawn anew each step; 0 is all
     phases: int = 1  # K, segments of the ODE, which is the number of sampling steps, too; 1 is off
     eta: float = 1.0  # with phases, sampling stops at eta times the edges (Eq. 20); 1 is off
     sigmas: tuple = (80.0, 0.821)  # noise levels of the sampler without phases; for more steps, EDM's grid
     guidance: float = 1.0  # strength of guidance in sampling; 1 is off
-    guide: Literal["weak", "label"] = "weak"  # away from the average at half of training, or from no label
+    guide: Literal["weak", "label"] = "weak"  # away from a weaker self, or from no label
 
     def needs_steps(self):
         return True  # the average at half of training
@@ -127,8 +127,12 @@ def f(net, x_t, t, y, cfg, edge=None):
     The network sees unit variance and TrigFlow's angle, and its F has the other sign (see common.py)."""
     sd = cfg.sigma_d
     F = -net(like((t**2 + sd**2).rsqrt(), x_t) * x_t, torch.atan(t / sd), y)
-    D = like(sd**2 / (t**2 + sd**2), x_t) * x_t + like(t * sd * (t**2 + sd**2).rsqrt(), x_t) * F
-    return D if edge is None else D + like(edge / t.clamp(min=1e-9), x_t) * (x_t - D)
+    c_skip = sd**2 / (t**2 + sd**2)
+    c_out = t * sd * (t**2 + sd**2).rsqrt()
+    D = like(c_skip, x_t) * x_t + like(c_out, x_t) * F
+    if edge is None:
+        return D
+    return D + like(edge / t.clamp(min=1e-9), x_t) * (x_t - D)
 
 
 # ---------------------------------------------------------------------------------------------------- loss
@@ -268,7 +272,7 @@ def sample(net, noise, y, nfe, cfg, gen):
 # --------------------------------------------------------------------------------------------------- train
 def train(cfg):
     run = common.Run(cfg)
-    data = common.dataset(cfg, run.device)
+    data = common.dataset(cfg, run.device)  # <- method
     teacher = data  # <- method: no teacher, but the samples that targets are averaged over
     net = common.network(cfg, data, run.device, head=False)  # <- method
     target = net  # <- method: the live network itself is the branch without gradient

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import preset
 from PIL import Image
 
 import cm
 import common
+from conftest import preset
 
 
 def config(**values):

@@ -4,10 +4,10 @@ import math
 import diffusers
 import pytest
 import torch
-from conftest import one_line, preset
 
 import common
 import direct_cm
+from conftest import one_line, preset
 
 
 def config(**values):

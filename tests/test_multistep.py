@@ -4,12 +4,12 @@ import math
 import diffusers
 import pytest
 import torch
-from conftest import one_line, preset
 from PIL import Image
 
 import cm
 import common
 import multistep_cm as mcm
+from conftest import one_line, preset
 
 
 def config(**values):

@@ -7,19 +7,19 @@ import sys
 import time
 from pathlib import Path
 
-import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, draw_pictures, finish, one_line, run_here, torchrun
 from PIL import Image
 
 import cm
 import common
+import conftest
 import direct_cm
 import multistep_cm
 import scm
 import sct
+from conftest import ROOT, draw_pictures, finish, one_line, run_here, torchrun
 
 SCRIPTS = dict(cm=cm, direct_cm=direct_cm, multistep_cm=multistep_cm, sct=sct, scm=scm)
 TOY = ["--channels", "16", "--blocks", "1", "--batch", "128", "--log_every", "1"]

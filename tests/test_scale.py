@@ -15,7 +15,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import draw_pictures, finish, one_line, preset, torchrun
 
 import cm
 import common
@@ -23,6 +22,7 @@ import eval as evaluation
 import multistep_cm
 import scm
 import sct
+from conftest import draw_pictures, finish, one_line, preset, torchrun
 
 PAPER = {  # sCM, App. G: dataset, mode, size -> what the paper's tables say
     ("imagenet64", "diffusion", "S"): dict(lr=1e-2, P_mean=-0.8, P_std=1.6, ema_sigma_rel=0.075, dropout=0.0),
@@ -451,7 +451,7 @@ class Slow(BaseException):
     """No Exception, so that no handler of the code takes it for a damaged file."""
 
 
-def test_shared_modules_take_no_exponential_time(capsys):
+def test_shared_modules_take_no_exponential_time(capsys, monkeypatch):
     """Forty levels, each of which holds the next one twice: 41 objects, but 2^40 paths to them."""
     net = torch.nn.Linear(2, 2)
     for _ in range(40):
@@ -466,10 +466,12 @@ def test_shared_modules_take_no_exponential_time(capsys):
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, 5)
     try:
-        record = common.read_pickle("x.pkl")["ema"]
-        record.class_name, record.state["_init_kwargs"] = "Precond", dict(img_channels=3, img_resolution=8)
+        content = common.read_pickle("x.pkl")
         with pytest.raises(ValueError):
-            common.module_tensors(record)
+            common.module_tensors(content["ema"])
+        content["ema"].class_name, content["ema"].state["_init_kwargs"] = "Precond", {}
+        monkeypatch.setattr(common, "read_pickle", lambda path: content)
+        assert "x.pkl" in fails(capsys, common.read_edm, "x.pkl")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import preset
 
 import common
 import scm
+from conftest import preset
 
 
 def config(**values):

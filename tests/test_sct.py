@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import one_line, preset
 
 import common
 import sct
+from conftest import one_line, preset
 
 
 def config(**values):

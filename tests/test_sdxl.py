@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import finish, torchrun
 from PIL import Image
 
 import common
 import direct_cm
 import eval as evaluation
 import scm
+from conftest import finish, torchrun
 
 SMALL = dict(block_out_channels=(32, 64), layers_per_block=1, sample_size=8, norm_num_groups=8,
              down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
