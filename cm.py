@@ -21,6 +21,9 @@ stop-gradient (as in CIFAR-10's cd, and in ict).
     torchrun --nproc_per_node=8 cm.py --dataset cifar10 --mode ict
 """
 # ------------------------------------------------------------------------------------------------- imports
+import common
+from common import like
+
 import copy
 import functools
 import math
@@ -31,9 +34,6 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-
-import common
-from common import like
 
 
 # -------------------------------------------------------------------------------------------------- Config

@@ -9,7 +9,7 @@
     7. samples                          pictures, distances, the report at the end of training
     8. other projects' files            teachers from EDM, EDM2 and diffusers
 
-Whoever reads a method needs sections 1 and 2 alone, the first 200 lines. The rest is machinery.
+Whoever reads a method needs sections 1 and 2 alone, the first 300 lines. The rest is machinery.
 
 One convention holds for every network and every teacher, that of TrigFlow (sCM, Sec. 3):
 
@@ -366,7 +366,10 @@ class GroupNorm(nn.GroupNorm):
     """DDPM++'s. Normalizes in float32 or wider, and gives the result in x's precision."""
 
     def __init__(self, channels):
-        super().__init__(min(32, channels // 4), channels, eps=1e-6)
+        groups = min(32, channels // 4)
+        if not groups or channels % groups:
+            fail(f"--arch ddpmpp cannot normalize {channels} channels in groups: try --channels 32, 64, 96")
+        super().__init__(groups, channels, eps=1e-6)
 
     def forward(self, x):
         def rule(x, tx):  # the Jacobian of a normalization is symmetric, so its backward pass is the JVP
@@ -629,9 +632,8 @@ class UNet(nn.Module):
             Block, dim, width = EDM2Block, channels * max(channel_mult), levels[0][1]
             self.embedding = EDM2Embedding(dim, channels, classes, sigma_d, emb, emb_scale, c_noise, guidance)
         else:
-            if guidance or double_norm or emb == "fourier" or channels % 4:
-                fail("--arch ddpmpp needs --double_norm false, --emb positional, no --guidance_max, and "
-                     "--channels that are a multiple of 4")
+            if guidance or double_norm or emb == "fourier":
+                fail("--arch ddpmpp needs --double_norm false, --emb positional, and no --guidance_max")
             Block, dim, width = DDPMppBlock, 4 * channels, channels
             self.embedding = DDPMppEmbedding(channels, classes, sigma_d, emb_scale, c_noise)
         self.head = WeightHead(sigma_d) if head else None
@@ -843,6 +845,8 @@ class Stored:
         self.labels = torch.as_tensor(np.array(labels), dtype=torch.int64)
         self.classes = int(self.labels.max()) + 1
         self.shape = (rows.shape[1] // 2 if self.latent else rows.shape[1], *rows.shape[2:])
+        if rows.shape[1] != (8 if self.latent else 3):
+            fail(f"--data {cfg.data}: rows of shape {tuple(rows.shape[1:])} are neither pixels nor latents")
         halvings = len(cfg.channel_mult) - 1
         if self.shape[1] % 2**halvings:
             fail(f"images of {self.shape[1]} pixels cannot be halved {halvings} times (--channel_mult): "

@@ -28,6 +28,9 @@ With --pretrained the student is SDXL's U-Net with LoRA, the teacher the same wi
 caption. SD 1.5 works as well, with --image_size 512.
 """
 # ------------------------------------------------------------------------------------------------- imports
+import common
+from common import like
+
 import copy
 import csv
 import json
@@ -39,9 +42,6 @@ from types import SimpleNamespace
 from typing import Literal
 
 import torch
-
-import common
-from common import like
 
 
 # -------------------------------------------------------------------------------------------------- Config

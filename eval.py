@@ -20,6 +20,9 @@ images  frechet_distance    n samples, all reference images, covariances over n 
 text    clip_score          mean cosine of CLIP ViT-L/14's image and prompt, resized to 224 by its processor
         aesthetic_score     mean of LAION's linear predictor on CLIP's normalized image features
 """
+import common
+from common import RANK, WORLD, fail, reading
+
 import argparse
 import concurrent.futures
 import hashlib
@@ -37,9 +40,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as tnf
 from tqdm import tqdm
-
-import common
-from common import RANK, WORLD, fail, reading
 
 INCEPTION = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
              "inception-2015-12-05.pt")

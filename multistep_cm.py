@@ -23,6 +23,9 @@ end of t's segment, so f is no map to t = 0 but one DDIM step; 3) aDDIM; 4) samp
     torchrun --nproc_per_node=8 multistep_cm.py --dataset imagenet64 --data PATH --teacher out/teacher64
 """
 # ------------------------------------------------------------------------------------------------- imports
+import common
+from common import like
+
 import copy
 import math
 import sys
@@ -30,9 +33,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-
-import common
-from common import like
 
 
 # -------------------------------------------------------------------------------------------------- Config

@@ -21,15 +21,15 @@ Differs from cm.py by: 1) TrigFlow instead of EDM's process; 2) a tangent instea
     torchrun --nproc_per_node=8 scm.py --dataset imagenet512 --teacher out/teacher512
 """
 # ------------------------------------------------------------------------------------------------- imports
+import common
+from common import like
+
 import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-
-import common
-from common import like
 
 
 # -------------------------------------------------------------------------------------------------- Config

@@ -23,15 +23,15 @@ target; 3) segments, sampled without noise; 4) guidance by the average at half o
     torchrun --nproc_per_node=8 sct.py --dataset cifar10 --init out/teacher32 --reference dataset
 """
 # ------------------------------------------------------------------------------------------------- imports
+import common
+from common import like
+
 import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-
-import common
-from common import like
 
 
 # -------------------------------------------------------------------------------------------------- Config

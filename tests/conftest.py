@@ -2,6 +2,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads only get in each other's way
 
+import common
+import scm
+
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-
-import common
-import scm
 
 ROOT = Path(common.__file__).parent
 energy_distance = common.energy_distance

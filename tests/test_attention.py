@@ -1,4 +1,6 @@
 """Attention with a JVP: output and tangent of one online pass against PyTorch's own math in float64."""
+import common
+
 import math
 import os
 import subprocess
@@ -8,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
-import common
 
 
 def oracle(q, k, v):

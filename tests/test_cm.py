@@ -1,4 +1,8 @@
 """cm.py: the curricula, the boundary, the discrete and continuous losses, and editing."""
+import cm
+import common
+from conftest import preset
+
 import dataclasses
 import math
 
@@ -6,10 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-import cm
-import common
-from conftest import preset
 
 
 def config(**values):

@@ -1,4 +1,7 @@
 """common.py: data, networks, solvers, JVP, averages and metrics against closed forms and other libraries."""
+import common
+import scm
+
 import io
 import json
 import math
@@ -10,9 +13,6 @@ import pytest
 import scipy.stats
 import torch
 from PIL import Image
-
-import common
-import scm
 
 
 def test_exact_teacher_is_the_posterior_mean(ring):

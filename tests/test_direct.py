@@ -1,13 +1,13 @@
 """direct_cm.py: SDXL's schedule, solvers, hops, and the boundary."""
+import common
+import direct_cm
+from conftest import one_line, preset
+
 import math
 
 import diffusers
 import pytest
 import torch
-
-import common
-import direct_cm
-from conftest import one_line, preset
 
 
 def config(**values):

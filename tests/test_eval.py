@@ -1,4 +1,8 @@
 """eval.py: each metric against a closed form, SciPy or torchmetrics; formats; cache; the whole command."""
+import common
+import eval as evaluation
+import scm
+
 import json
 import pickle
 import subprocess
@@ -10,10 +14,6 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
-
-import common
-import eval as evaluation
-import scm
 
 RNG = np.random.default_rng(0)
 INCEPTION = ["--features", "inception", "--weights", "features.pt"]

@@ -1,5 +1,13 @@
 """Careless and hostile input: each ends in one line that says what is wrong, with exit code 2, and nothing is
 lost. Also what a run shares with others: its folder, its log, and the signals that end it."""
+import cm
+import common
+import direct_cm
+import eval as evaluation
+import multistep_cm
+import scm
+import sct
+
 import contextlib
 import json
 import os
@@ -16,14 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-import cm
-import common
-import direct_cm
-import eval as evaluation
-import multistep_cm
-import scm
-import sct
-
+ROOT = Path(common.__file__).parent
 SMALL = ["--channels", "8", "--blocks", "1", "--batch", "8", "--steps", "4"]
 LONG = "x" * 300
 
@@ -278,3 +279,19 @@ def test_links_to_folders_are_followed_and_loops_end(place, tmp_path):
     assert len(names) == 12 and labels.tolist() == [0] * 6 + [1] * 6
     os.chdir(place / "pictures")
     assert len(common.list_images(Path("."))[0]) == 12
+
+
+MEMORY = "out of memory: lower --batch, --micro or --channels"
+
+
+@pytest.mark.parametrize("raised, code, text", [
+    ("MemoryError()", 2, MEMORY),
+    ("torch.OutOfMemoryError('CUDA out of memory')", 2, MEMORY),
+    ("KeyboardInterrupt()", -signal.SIGINT, "stopped"), ("ValueError('a bug')", 1, "ValueError: a bug")])
+def test_last_words(raised, code, text):
+    """A lack of memory and Ctrl-C end in one line, without a promise of --resume where nothing was saved; a
+    bug keeps its traceback."""
+    words = [sys.executable, "-c", f"import common, torch; raise {raised}"]
+    done = subprocess.run(words, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert done.returncode == code and done.stderr.strip().splitlines()[-1] == text
+    assert ("Traceback" in done.stderr) == (code == 1)

@@ -1,5 +1,7 @@
 """The derivative along a direction: each rule against PyTorch's own, whole networks against central
 differences, and its cost, counted instead of timed."""
+import common
+
 import math
 import subprocess
 import sys
@@ -8,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as tnf
-
-import common
 
 NETS = {"mlp": dict(shape=(2,), channels=16, blocks=2, classes=3, guidance=True),
         "edm2": dict(shape=(3, 8, 8), channels=8, channel_mult=(1, 2), blocks=1, attention=(4,), classes=3),

@@ -1,15 +1,15 @@
 """multistep_cm.py: DDIM, its inverse and aDDIM; Algorithm 1; progressive distillation."""
+import cm
+import common
+import multistep_cm as mcm
+from conftest import one_line, preset
+
 import math
 
 import diffusers
 import pytest
 import torch
 from PIL import Image
-
-import cm
-import common
-import multistep_cm as mcm
-from conftest import one_line, preset
 
 
 def config(**values):

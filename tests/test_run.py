@@ -1,4 +1,13 @@
 """The run, in every script: training, resume, processes, accumulation, sampling, and the errors of a user."""
+import cm
+import common
+import conftest
+import direct_cm
+import multistep_cm
+import scm
+import sct
+from conftest import ROOT, draw_pictures, finish, one_line, run_here, torchrun
+
 import json
 import os
 import signal
@@ -11,15 +20,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-import cm
-import common
-import conftest
-import direct_cm
-import multistep_cm
-import scm
-import sct
-from conftest import ROOT, draw_pictures, finish, one_line, run_here, torchrun
 
 SCRIPTS = dict(cm=cm, direct_cm=direct_cm, multistep_cm=multistep_cm, sct=sct, scm=scm)
 TOY = ["--channels", "16", "--blocks", "1", "--batch", "128", "--log_every", "1"]

@@ -1,4 +1,12 @@
 """The paper-scale path at tiny size: presets, latents, half precision, processes, dry run, foreign files."""
+import cm
+import common
+import eval as evaluation
+import multistep_cm
+import scm
+import sct
+from conftest import draw_pictures, finish, one_line, preset, torchrun
+
 import dataclasses
 import io
 import json
@@ -15,14 +23,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-
-import cm
-import common
-import eval as evaluation
-import multistep_cm
-import scm
-import sct
-from conftest import draw_pictures, finish, one_line, preset, torchrun
 
 PAPER = {  # sCM, App. G: dataset, mode, size -> what the paper's tables say
     ("imagenet64", "diffusion", "S"): dict(lr=1e-2, P_mean=-0.8, P_std=1.6, ema_sigma_rel=0.075, dropout=0.0),

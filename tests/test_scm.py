@@ -1,13 +1,13 @@
 """scm.py: the equations of the paper as identities."""
+import common
+import scm
+from conftest import preset
+
 import dataclasses
 import math
 
 import pytest
 import torch
-
-import common
-import scm
-from conftest import preset
 
 
 def config(**values):

@@ -1,4 +1,8 @@
 """sct.py: the pair of times, the averaged target, the segments, guidance."""
+import common
+import sct
+from conftest import one_line, preset
+
 import itertools
 import math
 from pathlib import Path
@@ -6,10 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-import common
-import sct
-from conftest import one_line, preset
 
 
 def config(**values):

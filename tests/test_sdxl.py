@@ -1,4 +1,10 @@
 """direct_cm.py on SDXL: a tiny random pipeline of diffusers' own classes, through the same --pretrained."""
+import common
+import direct_cm
+import eval as evaluation
+import scm
+from conftest import finish, torchrun
+
 import json
 from pathlib import Path
 
@@ -8,12 +14,6 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-
-import common
-import direct_cm
-import eval as evaluation
-import scm
-from conftest import finish, torchrun
 
 SMALL = dict(block_out_channels=(32, 64), layers_per_block=1, sample_size=8, norm_num_groups=8,
              down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),

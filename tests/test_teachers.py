@@ -1,4 +1,8 @@
 """Foreign teachers: snapshots in the published layout, read without their code, give their denoiser."""
+import cm
+import common
+import scm
+
 import math
 import pickle
 import sys
@@ -9,10 +13,6 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as tnf
-
-import cm
-import common
-import scm
 
 
 # ---- EDM2's network, from the paper's formulas (Karras et al. 2024, App. A and B), with its own names
