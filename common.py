@@ -132,7 +132,8 @@ def solve(net, x, times, y=None, sigma_d=0.5, solver="heun"):
 def jvp(net, primals, tangents):
     """net(*primals) and its derivative along the tangents, in one pass and without a graph. Takes the bare
     module, because function transforms do not cross DistributedDataParallel."""
-    jit, os.environ["PYTORCH_JIT"] = os.environ.get("PYTORCH_JIT", "1"), "0"
+    jit = os.environ.get("PYTORCH_JIT", "1")
+    os.environ["PYTORCH_JIT"] = "0"
     try:  # without the decompositions that functorch would compile otherwise: no layer here needs them
         return torch.func.jvp(net, primals, tangents)
     finally:
@@ -463,7 +464,9 @@ class WeightHead(nn.Module):
 
     def __init__(self, sigma_d):
         super().__init__()
-        self.sigma_d, self.embed, self.linear = sigma_d, Embedding("fourier", 128), MPConv(128, 1)
+        self.sigma_d = sigma_d
+        self.embed = Embedding("fourier", 128)
+        self.linear = MPConv(128, 1)
         self.gain = nn.Parameter(torch.zeros([]))
 
     def forward(self, t):
@@ -546,7 +549,9 @@ class EDM2Block(nn.Module):
     def __init__(self, cin, cout, dim, encoder, attend, resample, dropout, double_norm, norm_shift):
         super().__init__()
         self.encoder, self.resample, self.dropout = encoder, resample, dropout
-        self.double_norm, self.shift, self.heads = double_norm, double_norm and norm_shift, max(cout // 64, 1)
+        self.double_norm = double_norm
+        self.shift = double_norm and norm_shift
+        self.heads = max(cout // 64, 1)
         if attend and cout % self.heads:
             fail(f"attention at {cout} channels: above 64 they must be a multiple of 64 (--channels)")
         self.conv_skip = MPConv(cin, cout, 1) if cin != cout else None
@@ -625,7 +630,8 @@ class UNet(nn.Module):
                  attention=(8,), dropout=0.0, sigma_d=0.5, emb="positional", emb_scale=1.0, c_noise="t",
                  double_norm=True, norm_shift=True, guidance=False, head=True, dtype="fp32"):
         super().__init__()
-        self.edm2, self.checkpointing = arch == "edm2", False
+        self.edm2 = arch == "edm2"
+        self.checkpointing = False
         self.dtype = DTYPES[dtype] if dtype != "fp32" else None
         levels = [(shape[1] >> i, channels * m) for i, m in enumerate(channel_mult)]  # resolution, width
         if self.edm2:
@@ -637,7 +643,9 @@ class UNet(nn.Module):
             Block, dim, width = DDPMppBlock, 4 * channels, channels
             self.embedding = DDPMppEmbedding(channels, classes, sigma_d, emb_scale, c_noise)
         self.head = WeightHead(sigma_d) if head else None
-        self.enc, self.dec, skips = nn.ModuleDict(), nn.ModuleDict(), [width]
+        self.enc = nn.ModuleDict()
+        self.dec = nn.ModuleDict()
+        skips = [width]
 
         def add(part, name, cin, cout, attend=False):
             kind = name if name in ("down", "up") else ""
@@ -841,7 +849,9 @@ class Stored:
     N(mean, std^2) each time, and normalized to standard deviation sigma_d."""
 
     def __init__(self, cfg, rows, labels):
-        self.cfg, self.rows, self.latent = cfg, rows, cfg.dataset == "imagenet512"
+        self.cfg = cfg
+        self.rows = rows
+        self.latent = cfg.dataset == "imagenet512"
         self.labels = torch.as_tensor(np.array(labels), dtype=torch.int64)
         self.classes = int(self.labels.max()) + 1
         self.shape = (rows.shape[1] // 2 if self.latent else rows.shape[1], *rows.shape[2:])
@@ -926,14 +936,16 @@ def to_pixels(x, cfg):
     if cfg.dataset != "imagenet512":
         return to_uint8(x)
     black, white, shift, scale = latent_space(cfg, x.device)
-    vae, z = autoencoder(cfg.vae, x.device), x.float() * (scale / cfg.sigma_d) + shift
+    vae = autoencoder(cfg.vae, x.device)
+    z = x.float() * (scale / cfg.sigma_d) + shift
     pixels = torch.cat([vae.decode(one[None]).sample for one in z])
     return to_uint8((pixels - black) * (2 / (white - black)) - 1)
 
 
 def draw_shapes(cfg, count=8000):
     """A disc, triangle, square or pentagon, warm or cold (8 classes), drawn by Pillow at 4x and reduced."""
-    size, rng = cfg.image_size or 16, np.random.default_rng(0)
+    size = cfg.image_size or 16
+    rng = np.random.default_rng(0)
     images, labels = np.empty((count, 3, size, size), np.uint8), rng.integers(8, size=count)
     for i, label in enumerate(labels):
         x, y, r = np.array([*rng.uniform(0.35, 0.65, 2), rng.uniform(0.15, 0.3)]) * 4 * size
@@ -991,7 +1003,8 @@ def cifar10(cfg):
 def latents(cfg, device):
     """imagenet512: latents from --data, which is a folder that holds them, EDM2's zip of them (read in
     place), or images in class folders. Images are encoded once, into data/imagenet512."""
-    root, folder = Path(cfg.data or "data/imagenet512"), Path("data/imagenet512")
+    root = Path(cfg.data or "data/imagenet512")
+    folder = Path("data/imagenet512")
     if RANK == 0:
         autoencoder(cfg.vae, torch.device("cpu"))  # pictures need it: better missed now than at the end
     if root.suffix == ".zip":
@@ -1096,11 +1109,15 @@ def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp")):
         classes = sorted(set(tops))
         if "" in classes and len(classes) > 1:
             fail(f"--data {root}: images in class folders and beside them, such as {names[tops.index('')]}")
-        labels, read = [classes.index(top) for top in tops], lambda name: (root / name).read_bytes()
+        labels = [classes.index(top) for top in tops]
+
+        def read(name):
+            return (root / name).read_bytes()
     else:
         with reading(f"--data {root}: neither a folder nor a zip file"):
             archive = zipfile.ZipFile(root)
-        names, read = sorted(n for n in archive.namelist() if n.lower().endswith(suffixes)), archive.read
+        names = sorted(n for n in archive.namelist() if n.lower().endswith(suffixes))
+        read = archive.read
         with reading(f"--data {root}: its dataset.json does not give every image a whole number"):
             table = json.loads(read("dataset.json")) if "dataset.json" in archive.namelist() else {}
             table = dict(table.get("labels") or {})
@@ -1257,7 +1274,8 @@ def preset(presets, dataset, mode="", size=""):
 def parse_args(Config, presets, modes, argv=None):
     """Command line -> Config. For each field the last of these counts: the default, the preset, the network
     of --init or --teacher, the stored run (--resume, --sample), the flag."""
-    script, fields = Path(inspect.getfile(Config)).stem, {f.name: f for f in dataclasses.fields(Config)}
+    script = Path(inspect.getfile(Config)).stem
+    fields = {f.name: f for f in dataclasses.fields(Config)}
     flags, unknown = make_parser(Config, script, modes).parse_known_args(argv)
     flags = vars(flags)
     if unknown:
@@ -1340,7 +1358,8 @@ def read_numbers(text):
 def check_ranges(cfg, fields):
     """Ends the program on values that no run can use."""
     for name, field in fields.items():
-        value, least = getattr(cfg, name), int(name in AT_LEAST_1)
+        value = getattr(cfg, name)
+        least = int(name in AT_LEAST_1)
         least = -math.inf if name in ("P_mean", "label") else least
         if field.type in (int, float) and not (math.isfinite(value) and least <= value):
             fail(f"--{name} must be a number, at least {least}, not {value}")
@@ -1515,10 +1534,12 @@ def dry_run(cfg):
     teacher = load_teacher(cfg, data, "cpu")
     with torch.device("meta"):
         net = network(dataclasses.replace(cfg, init="none"), data, "meta")
-    own, held = {p.untyped_storage()._cdata for p in net.parameters()}, []
+    own = {p.untyped_storage()._cdata for p in net.parameters()}
+    held = []
     for n in (1, 2):  # samples; what does not grow with them are weights in other forms
         x, t = torch.zeros(n, *data.shape, device="meta"), torch.zeros(n, device="meta")
-        y, kept = torch.zeros(n, dtype=torch.int64, device="meta") if net.options["classes"] else None, {}
+        y = torch.zeros(n, dtype=torch.int64, device="meta") if net.options["classes"] else None
+        kept = {}
 
         def keep(v):
             if v.untyped_storage()._cdata not in own:
@@ -1527,9 +1548,11 @@ def dry_run(cfg):
         with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(keep, keep):
             net(x, t, y)
         held.append(sum(v.untyped_storage().nbytes() for v in kept.values()))
-    parameters, sample = sum(p.numel() for p in net.parameters()), held[1] - held[0]
+    parameters = sum(p.numel() for p in net.parameters())
+    sample = held[1] - held[0]
     copies = 5 + (teacher is not None and not isinstance(teacher, Mixture))  # net, EMA, gradient, Adam's two
-    weights, micro = 4 * copies * parameters + held[0] - sample, cfg.micro or cfg.batch // WORLD
+    weights = 4 * copies * parameters + held[0] - sample
+    micro = cfg.micro or cfg.batch // WORLD
     if RANK:
         return
     print(f"data       {cfg.dataset}, {data.shape}, {data.classes} classes, sigma_d {cfg.sigma_d}")
@@ -1610,7 +1633,10 @@ class Run:
     saved = ""  # where this process has last written a checkpoint
 
     def __init__(self, cfg):
-        self.cfg, self.out, self.bad, self.skipped = cfg, Path(cfg.out), 0, 0
+        self.cfg = cfg
+        self.out = Path(cfg.out)
+        self.bad = 0
+        self.skipped = 0
         self.began = time.time()  # moved back by what earlier sittings of a resumed run took
         self.new_log = not cfg.resume
         self.device = start_processes()
@@ -1667,7 +1693,8 @@ class Run:
         if ckpt["step"] >= self.cfg.steps:
             print(f"{self.out} is finished, at step {ckpt['step']}; a higher --steps goes on")
         if RANK == 0:  # forget the lines that the checkpoint does not know, and what a crash has torn
-            path, kept = self.out / "log.jsonl", []
+            path = self.out / "log.jsonl"
+            kept = []
             with reading(f"cannot read {path}"):
                 lines = path.read_bytes().splitlines() if path.exists() else []
             for line in lines:
@@ -1738,7 +1765,8 @@ def panels(columns, path, across=0):
     width, height = (max(sizes) for sizes in zip(*(picture.size for picture in pictures)))
     across = across or len(pictures)
     sheet = Image.new("RGB", (across * (width + 8), -(-len(pictures) // across) * (height + 28)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
     for i, (title, picture) in enumerate(zip(columns, pictures)):
         left, top = i % across * (width + 8) + 4, i // across * (height + 28)
         sheet.paste(picture, (left, top + 24))
@@ -1802,7 +1830,8 @@ def noise_and_labels(cfg, net, lo, hi, seed, device):
 
     Labels are --label, or 0, 1, 2, ... in turn; None if the net takes none. Sample i has numbers of its own,
     whatever lo and hi are."""
-    gen, classes = Draw(seed, 0, lo, hi, device), net.options["classes"]
+    gen = Draw(seed, 0, lo, hi, device)
+    classes = net.options["classes"]
     noise = cfg.sigma_d * gen.normal(*net.options["shape"])
     labels = torch.arange(lo, hi, device=device) % max(classes, 1)
     labels = torch.full_like(labels, cfg.label) if cfg.label >= 0 else labels
@@ -1835,7 +1864,8 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
     toy = len(data.shape) == 1
     n = 5000 if toy else 36 if data.shape[0] == 3 and data.shape[1] <= 64 else 4
     noise, y, gen = noise_and_labels(cfg, net, 0, n, 12345, run.device)
-    columns, metrics = {}, dict(seconds=round(time.time() - run.began, 1), steps=step)
+    columns = {}
+    metrics = dict(seconds=round(time.time() - run.began, 1), steps=step)
     if step == cfg.steps:
         run.bar.close()
     tqdm.write("drawing samples" + (" and solving the ODE exactly, about 10 s" if toy else ""))
@@ -1877,7 +1907,8 @@ def write_samples(cfg, sample):
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = load_net(cfg.out).to(device)
-    toy, classes = len(net.options["shape"]) == 1, net.options["classes"]
+    toy = len(net.options["shape"]) == 1
+    classes = net.options["classes"]
     if cfg.label >= 0 and cfg.label >= classes:
         valid = f"the classes are 0..{classes - 1}" if classes else "the network has no classes"
         fail(f"--label {cfg.label}: {valid}")
@@ -2053,7 +2084,8 @@ class Diffusers(nn.Module):
         from diffusers import DDPMScheduler, UNet2DModel
         folders = ("unet", "scheduler") if Path(path, "unet").is_dir() else ("", "")
         with reading(f"{path} is no complete folder of UNet2DModel and its scheduler"):
-            self.net, self.sigma_d = UNet2DModel.from_pretrained(Path(path, folders[0])), sigma_d
+            self.net = UNet2DModel.from_pretrained(Path(path, folders[0]))
+            self.sigma_d = sigma_d
             scheduler = DDPMScheduler.from_pretrained(Path(path, folders[1]))
         config = self.net.config
         if config.num_class_embeds or config.class_embed_type or config.out_channels != config.in_channels:

@@ -16,7 +16,7 @@ BUDGET = dict(  # lines, from the plan; where it is missed, the number reached a
     multistep_cm=375,  # 350: pd as cd between other times
     cm=430,  # 385: the six edits as one, of which denoise and interpolate take one step
     direct_cm=490,  # 435: SDXL as a network and a dataset like any other
-    common=2080,  # 1,550: JVP rules, locks and checks of input came on top; EDM's files could be one table
+    common=2110,  # 1,550: JVP rules, locks and checks of input came on top; EDM's files could be one table
     eval=540)  # 440: points, images and text measured through one interface
 BANNERS = ["imports", "Config", "PRESETS", "process: times and noise", "consistency function f", "loss",
            "sampler", "train", "extras", "main"]
