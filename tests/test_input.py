@@ -9,6 +9,7 @@ import scm
 import sct
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -197,37 +199,48 @@ def config_of(out):
     return json.loads(Path(out, "config.json").read_text())
 
 
-OTHER = dict(
-    seed="5", lr="0.5", batch="16", dropout="0.3", P_mean="0", tangent="raw", tangent_c="0.3", warmup="5",
-    weighting="adaptive", optimizer="adamw", ema_sigma_rel="0.1", beta2="0.5", clip="1", sigma_d="0.4",
-    channels="32", mode="dscd", dtype="bf16", mid_t="1")
-METHOD = {
-    sct: dict(reference="dataset", shrink="3", stage_steps="7", first_stage="2", widening="1", huber="0.1",
-              delta="0.1", weighting="snr", steps="9"),
-    multistep_cm: dict(teacher_steps="16,32", anneal="0", solver="ddim", x_var_frac="0", huber="0.1",
-                       noise_res="8,8,8", steps="9"),
-    cm: dict(mu="0", points="9", solver="euler", metric="l1", sigmas="80,1"),
-    direct_cm: dict(hops="3", metric="huber")}
+def another(field, value):
+    """Words for a value that a flag of this type may have, other than the stored one."""
+    if get_args(field.type):
+        return next(choice for choice in get_args(field.type) if choice not in ("", value))
+    if field.type is bool:
+        return str(not value)
+    return {int: lambda: str(value + 2), float: lambda: str(value + 0.125), tuple: lambda: "3,2",
+            str: lambda: "other"}[field.type]()
 
 
-def test_resume_takes_everything_from_the_stored_run(place, capsys, monkeypatch):
-    """Each flag of the method or the training is refused in one line that names both values."""
+@pytest.mark.parametrize("script", [scm, cm, sct, multistep_cm, direct_cm], ids=lambda s: s.__name__)
+def test_resume_takes_everything_from_the_stored_run(script, place, capsys, monkeypatch):
+    """Every flag of the method and the training, but those that cannot change the result, is refused in one
+    line that names both values; config.json stays."""
     monkeypatch.chdir(place)
-    runs = {scm: ("toy", OTHER)}
-    for script, flags in METHOD.items():
-        out, extra = script.__name__ + "-toy", ["--mu", "0.9"] if script is cm else []
-        extra += ["--mode", "cm"] if script is direct_cm else []
-        script.main([*SMALL, "--channels", "16", "--out", out, *extra])
-        runs[script] = out, flags
-    for script, (out, flags) in runs.items():
-        before = config_of(out)
-        for name, value in flags.items():
-            capsys.readouterr()
-            with pytest.raises(SystemExit) as error:
-                script.main(["--resume", "--out", out, f"--{name}", value])
-            line = capsys.readouterr().err.strip()
-            assert error.value.code == 2 and f"--{name} " in line and line.count("\n") == 0, line
-        assert config_of(out) == before
+    out, extra = f"{script.__name__}-toy", {cm: ["--mu", "0.9"], direct_cm: ["--mode", "cm"]}.get(script, [])
+    script.main([*SMALL, "--channels", "16", "--out", out, *extra])
+    before, tried = config_of(out), 0
+    for field in dataclasses.fields(script.Config):
+        if field.name in common.RESUMABLE:
+            continue
+        value = before[field.name]
+        words = another(field, value)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as error:
+            script.main(["--resume", "--out", out, f"--{field.name}", words])
+        line = capsys.readouterr().err.strip()
+        name = "dataset" if field.name in ("figure", "pretrained") else field.name  # these imply another
+        assert error.value.code == 2 and "\n" not in line, line
+        assert f"--{name} " in line and "it cannot become" in line, line
+        tried += 1
+    assert tried > 35 and config_of(out) == before
+
+
+@pytest.mark.parametrize("script", [scm, sct, multistep_cm], ids=lambda script: script.__name__)
+def test_resume_keeps_the_steps_of_a_schedule(script, place, capsys, monkeypatch):
+    """The cooldown of the toy's preset, and sct's average at half of training, depend on --steps."""
+    monkeypatch.chdir(place)
+    script.main([*SMALL, "--channels", "16", "--out", f"{script.__name__}-steps"])
+    with pytest.raises(SystemExit):
+        script.main(["--resume", "--out", f"{script.__name__}-steps", "--steps", "9"])
+    assert "--steps 4: it cannot become 9" in capsys.readouterr().err
 
 
 def test_resume_may_change_what_cannot_change_the_result(place, capsys, monkeypatch):
