@@ -11,13 +11,15 @@ loss              lambda(t) d(f(x_t, t), f^-(x_s, s)),  s < t neighbours of a gr
   ctcd, ctct      N -> infinity: f(x_t, t)^T sg(df^-/dt), with dx_t/dt the teacher's or (x_t - x_0) / t
 
 f^- is f of the target: the average of the weights with decay mu or, at mu = 0, the live network under
-stop-gradient (as in CIFAR-10's cd, and in ict).
+stop-gradient (as in CIFAR-10's cd, and in ict). Of ctcd and ctct this is the form with stop-gradient, for the
+squared distance. The paper's other forms are absent: ||df/dt||^2, differentiated as a whole, and LPIPS.
 
     python cm.py                                                toy: 8 Gaussians, exact teacher, cd
     python cm.py --dataset folder --data PATH --image_size 16 --mode cd --teacher out/teacher --out out/cd
     python cm.py --sample 64 --nfe 2 --out out/cd --sigmas 80,1.4
     python cm.py --search --nfe 3 --out out/cd                  finds good noise levels
     python cm.py --edit inpaint --input a.png --mask m.png --out out/cd
+    python cm.py --edit interpolate --out out/cd                between two noises
     torchrun --nproc_per_node=8 cm.py --dataset cifar10 --mode ict
 """
 # ------------------------------------------------------------------------------------------------- imports
@@ -35,8 +37,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-
 # -------------------------------------------------------------------------------------------------- Config
+EDITS = ("inpaint", "colorize", "superres", "stroke", "denoise", "interpolate", "blend")
+
+
 @dataclass
 class Config(common.Config):
     mode: str = "cd"  # training objective
@@ -47,15 +51,16 @@ class Config(common.Config):
     intervals_start: int = 10  # s0: at first the grid has as many points (ct) or intervals (ict)
     mu: float = 0.0  # decay of the target's average; of ct, the decay at the start; 0 is the live network
     solver: Literal["heun", "euler", "ddim"] = "heun"  # of cd; euler and ddim are the same here
-    metric: Literal["l1", "l2", "huber", "lpips"] = "l2"  # distance d(a, b)
+    metric: Literal["l1", "l2", "huber", "lpips", "lpips_avg"] = "l2"  # distance d; lpips_avg pools by means
+    uncertainty: bool = False  # diffusion: learn the loss's weight at each t, as EDM2 does
     sigmas: tuple = (80.0, 0.8)  # noise levels of the sampler; for more steps, EDM's grid
     search: bool = False  # find noise levels for --nfe steps of the run in --out, and print them
-    edit: Literal["", "inpaint", "colorize", "superres", "stroke", "denoise", "interpolate"] = ""  # zero-shot
+    edit: Literal[("", *EDITS)] = ""  # zero-shot editing
     input: str = ""  # image to edit
     mask: str = ""  # inpaint: image of the same size, white where the input is kept
     patch: int = 4  # superres: pixels a side of the patches whose mean is kept
-    other: str = ""  # interpolate: the second image
-    sigma: float = 0.0  # noise level where editing starts; 0 is 80, or 1 for stroke, denoise and interpolate
+    other: str = ""  # blend: the second image
+    sigma: float = 0.0  # noise level where editing starts; 0 is 80, or 1 for stroke, denoise and blend
 
     def needs_steps(self):
         return super().needs_steps() or self.mode in ("ct", "ict")
@@ -71,21 +76,22 @@ PRESETS = {
     **{(dataset, "ct"): CT for dataset in ("gmm", "shapes", "folder")},
     **{(dataset, "ict"): ICT for dataset in ("gmm", "shapes", "folder")},
     # FID of 1 / 2 steps: cd (lpips) 3.55 / 2.93, ct 8.70 / 5.83, ict 2.83 / 2.46
-    # DEPARTS: paper NCSN++ for ct and ict; here DDPM++, as for cd's teacher
+    # DEPARTS: paper NCSN++ for all; here DDPM++
     "cifar10": dict(batch=512, steps=800_000, lr=4e-4, beta2=0.999, ema_halflife=3.5e6, metric="lpips",
-                    sigmas=(80.0, 0.585), c_noise="log"),
+                    sigmas=(80.0, 0.585), c_noise="log", flip=True),
     ("cifar10", "ct"): CT,
     ("cifar10", "ict"): ICT | dict(batch=1024, steps=400_000, lr=1e-4, dropout=0.3, ema_halflife=1e7),
     ("cifar10", "ctcd"): dict(lr=5e-6, steps=400_000, dropout=0.3, metric="l2"),
     ("cifar10", "ctct"): dict(lr=5e-6, steps=400_000, dropout=0.3, metric="l2"),  # give it --init RUN
     # FID of 1 / 2 steps: cd 6.20 / 4.70, ct 13.0 / 11.1, ict 4.02 / 3.20
-    # DEPARTS: paper ADM's U-Net; here EDM2's, and its recipe for the teacher. ctcd and ctct: CIFAR-10 alone.
+    # DEPARTS: paper ADM's U-Net and a teacher by EDM's recipe; here EDM2's, in size S (see common.py)
     "imagenet64": dict(steps=600_000, lr=8e-6, optimizer="radam", beta2=0.999, ema_sigma_rel=0.0,
-                       ema_halflife=25e6, points=40, mu=0.95, metric="lpips", sigmas=(80.0, 1.382)),
-    ("imagenet64", "diffusion"): dict(batch=4096, lr=1e-2, lr_warmup=2500, lr_ref=35_000, optimizer="adam",
-                                      mu=0.0, dropout=0.1, P_mean=-1.2, P_std=1.2),
-    ("imagenet64", "ctcd"): dict(mu=0.0, lr=5e-6),
-    ("imagenet64", "ctct"): dict(mu=0.0, lr=5e-6),
+                       ema_halflife=25e6, points=40, mu=0.95, metric="lpips_avg", sigmas=(80.0, 1.382),
+                       flip=True, dtype="fp16"),
+    ("imagenet64", "diffusion"): dict(mu=0.0),
+    # DEPARTS: paper trains these two on CIFAR-10 alone; here its learning rate stands for want of another
+    ("imagenet64", "ctcd"): dict(mu=0.0, lr=5e-6, metric="l2"),
+    ("imagenet64", "ctct"): dict(mu=0.0, lr=5e-6, metric="l2"),
     ("imagenet64", "ct"): dict(steps=800_000, lr=1e-4, intervals_start=2, intervals=200,
                                sigmas=(80.0, 1.913)),
     ("imagenet64", "ict"): ICT | dict(batch=4096, steps=800_000, lr=1e-4, mu=0.0, dropout=0.2,
@@ -98,6 +104,7 @@ def schedule(step, cfg):
     """Points N(k) of the grid and decay mu(k) of the target's average at step k.
 
     ct lets N grow with the square root and mu approach 1; ict doubles N and has no average."""
+    # DEPARTS: paper exp(s0 log(mu0) / N(k)); here N(k) - 1, as in OpenAI's code, which made its results
     s0, s1, k = cfg.intervals_start, cfg.intervals, min(step / cfg.steps, 1)
     if cfg.mode == "ct":
         n = max(1, math.ceil(math.sqrt(k * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1))
@@ -132,35 +139,51 @@ def ode_step(teacher, x_t, t, s, y, cfg):
 
 
 # ----------------------------------------------------------------------------------- consistency function f
-def f(net, x_t, t, y, cfg, sigma_min=0.002):
+def f(net, x_t, t, y, cfg, sigma_min=0.002, return_w=False):
     """EDM's preconditioning, shifted by sigma_min in c_skip's denominator and in c_out, so that f = x there.
+    With return_w also the weighting head's w(t).
 
     The network sees unit variance and TrigFlow's angle, and its F has the other sign (see common.py)."""
     sd = cfg.sigma_d
-    F = -net(like((t**2 + sd**2).rsqrt(), x_t) * x_t, torch.atan(t / sd), y)
+    inputs = like((t**2 + sd**2).rsqrt(), x_t) * x_t, torch.atan(t / sd), y
+    F, w = net(*inputs, return_w=True) if return_w else (net(*inputs), None)
     c_skip = sd**2 / ((t - sigma_min) ** 2 + sd**2)
     c_out = (t - sigma_min) * sd * (t**2 + sd**2).rsqrt()
-    return like(c_skip, x_t) * x_t + like(c_out, x_t) * F
+    D = like(c_skip, x_t) * x_t - like(c_out, x_t) * F
+    return (D, w) if return_w else D
 
 
-def denoise(net, x_t, t, y, cfg):
+def denoise(net, x_t, t, y, cfg, return_w=False):
     """D(x_t, t) of a diffusion model: the same without the shift."""
-    return f(net, x_t, t, y, cfg, sigma_min=0.0)
+    return f(net, x_t, t, y, cfg, 0.0, return_w)
 
 
 # ---------------------------------------------------------------------------------------------------- loss
 @functools.cache
-def lpips(device):
+def vgg(device, pool):
+    """LPIPS's network, with pooling layers of the given kind."""
     try:
         import lpips as package
     except ImportError:
         common.fail("--metric lpips needs a package that is not in requirements.txt: pip install lpips")
-    return package.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
+    net = package.LPIPS(net="vgg", verbose=False)
+    for part in list(net.net.modules()):
+        for name, layer in part.named_children():
+            if isinstance(layer, torch.nn.MaxPool2d):
+                setattr(part, name, pool(2))
+    return net.to(device).requires_grad_(False)
 
 
-def enlarge(x):
-    """LPIPS compares images of at least 224 pixels (as OpenAI's code does)."""
-    return torch.nn.functional.interpolate(x, 224, mode="bilinear") if x.shape[-1] < 256 else x
+def lpips(a, b, pool=torch.nn.MaxPool2d):
+    """LPIPS of images enlarged to 224 pixels, as in OpenAI's code."""
+    a, b = (torch.nn.functional.interpolate(x, 224, mode="bilinear") if x.shape[-1] < 256 else x
+            for x in (a, b))
+    return vgg(a.device, pool)(a, b).flatten()
+
+
+def lpips_avg(a, b):
+    """The same with average pooling, as in OpenAI's ImageNet runs (piq's LPIPS with replace_pooling)."""
+    return lpips(a, b, torch.nn.AvgPool2d)
 
 
 def huber(a, b):
@@ -170,18 +193,20 @@ def huber(a, b):
 
 
 METRICS = {"l1": lambda a, b: (a - b).abs().flatten(1).mean(1),
-           "l2": lambda a, b: (a - b).square().flatten(1).mean(1), "huber": huber,
-           "lpips": lambda a, b: lpips(a.device)(enlarge(a), enlarge(b)).flatten()}
+           "l2": lambda a, b: (a - b).square().flatten(1).mean(1),
+           "huber": huber, "lpips": lpips, "lpips_avg": lpips_avg}
 
 
 def diffusion(net, target, teacher, x0, y, step, cfg, gen):
-    """EDM's loss: log-normal t, and the weight that gives F's target unit variance."""
+    """EDM's loss: log-normal t, and the weight that gives F's target unit variance. With --uncertainty,
+    EDM2's learned e^w on top of it."""
     t = (cfg.P_mean + cfg.P_std * gen.normal(dtype=torch.float64)).exp()
     x_t = x0 + like(t, x0) * gen.normal(*x0.shape[1:])
     gen.same_dropout()
     weight = (t**2 + cfg.sigma_d**2) / (t * cfg.sigma_d) ** 2
-    mse = (denoise(net, x_t, t, y, cfg) - x0).square().flatten(1).mean(1)
-    return (weight * mse).mean(), {}
+    D, w = denoise(net, x_t, t, y, cfg, return_w=True)
+    mse = (D - x0).square().flatten(1).mean(1)
+    return (w.exp() * weight * mse - w).mean(), {}
 
 
 def consistency(net, target, x_t, t, x_s, s, y, cfg, gen, weight=1.0):
@@ -214,7 +239,7 @@ def ct(net, target, teacher, x0, y, step, cfg, gen):
 
 def continuous(net, target, teacher, x0, y, step, cfg, gen):
     """f^T sg(df^-/dt), for l2 (Remark 10), with t uniform on EDM's grid. The value means nothing; the
-    gradient is the limit of the discrete one over 2 (t - s)."""
+    gradient is D times the limit of the discrete one, a mean over D elements, over 2 (t - s)."""
     t = common.karras(2**14).to(gen.device)[gen.index(2**14)]
     x_t = x0 + like(t, x0) * gen.normal(*x0.shape[1:])
     clean = x0
@@ -225,7 +250,8 @@ def continuous(net, target, teacher, x0, y, step, cfg, gen):
     _, df = common.jvp(lambda x, t: f(target, x, t, y, cfg), (x_t, t),
                        ((x_t - clean) / like(t, x_t), torch.ones_like(t)))
     gen.same_dropout()
-    return (f(net, x_t, t, y, cfg) * df).mean(), dict(tangent_rms=df.square().mean().sqrt())
+    loss = (f(net, x_t, t, y, cfg) * df).flatten(1).sum(1).mean()
+    return loss, dict(tangent_rms=df.square().mean().sqrt())
 
 
 LOSSES = {"diffusion": diffusion, "cd": cd, "ct": ct, "ict": ct, "ctcd": continuous, "ctct": continuous}
@@ -253,7 +279,7 @@ def train(cfg):
     run = common.Run(cfg)
     data = common.dataset(cfg, run.device)  # <- method
     teacher = common.load_teacher(cfg, data, run.device)  # <- method
-    net = common.network(cfg, data, run.device, head=False)  # <- method
+    net = common.network(cfg, data, run.device, head=cfg.uncertainty)  # <- method
     target = copy.deepcopy(net) if schedule(0, cfg)[1] else net  # <- method: an average, or the live network
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = common.make_optimizer(net, cfg)
@@ -334,12 +360,12 @@ def operator(name, shape, mask=None, patch=4):
 @torch.no_grad()
 def edit(net, cfg):
     """Algorithm 4: multistep sampling in which every x_0 takes over the coefficients of A that the input
-    knows.
+    knows. stroke (SDEdit) knows none and starts from the noised input.
 
-    stroke (SDEdit) knows none and starts from the noised input. denoise and interpolate are one step: from
-    the input itself, or from points on the sphere between two noised images."""
+    The others are one step: denoise from the input itself, interpolate from points on the sphere between two
+    noises at level 80, and blend, which is ours, from points between two noised images."""
     x, other, mask = (read_image(path, net.options["shape"]) for path in (cfg.input, cfg.other, cfg.mask))
-    first = cfg.sigma or (1.0 if cfg.edit in ("stroke", "denoise", "interpolate") else 80.0)
+    first = cfg.sigma or (1.0 if cfg.edit in ("stroke", "denoise", "blend") else 80.0)
     y = torch.tensor([max(cfg.label, 0)]) if net.options["classes"] else None
     gen = common.Draw(cfg.seed, 0, 0, 1)
 
@@ -349,19 +375,21 @@ def edit(net, cfg):
 
     if cfg.edit == "denoise":
         return {"input": x, "result": estimate(x, first)}
-    if cfg.edit == "interpolate":
-        a, b = (v + first * gen.normal(*v.shape[1:]) for v in (x, other))
+    if cfg.edit in ("interpolate", "blend"):
+        noises = [first * gen.normal(*net.options["shape"]) for _ in range(2)]
+        a, b = noises if cfg.edit == "interpolate" else (x + noises[0], other + noises[1])
         angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
         u = torch.linspace(0, 1, 9).view(-1, 1, 1, 1)
         arc = (torch.sin((1 - u) * angle) * a + torch.sin(u * angle) * b) / torch.sin(angle)
-        return {"input": x, "with": other, "result": estimate(arc, first)}
+        ends = {} if cfg.edit == "interpolate" else {"input": x, "with": other}
+        return ends | {"result": estimate(arc, first)}
     A, inverse, known = operator(cfg.edit, net.options["shape"], mask, cfg.patch)
     columns, reference = {"input": x}, A(x)
     if known.any():
         x = columns["degraded"] = inverse(reference * known)
     if cfg.edit == "colorize":  # shown in gray, because the part of x along luma is greenish
         columns["degraded"] = torch.einsum("bchw,c->bhw", columns["input"], LUMA)[:, None].expand_as(x)
-    for sigma in [first, *(s for s in common.karras(40).tolist() if s < first)]:
+    for sigma in [first, *(s for s in common.karras(40)[:-1].tolist() if s < first)]:
         x = estimate(x + math.sqrt(sigma**2 - 0.002**2) * gen.normal(*x.shape[1:]), sigma)
         x = inverse(torch.where(known, reference, A(x)))
     return columns | {"result": x}
@@ -402,7 +430,8 @@ def main(argv=None):
         common.fail("--search is for consistency models: a diffusion model has no levels to choose")
     if cfg.edit:
         net, path = common.load_net(cfg.out), cfg.save or f"{cfg.out}/edit-{cfg.edit}.png"
-        for flag in ("input", *{"inpaint": ["mask"], "interpolate": ["other"]}.get(cfg.edit, [])):
+        needed = {"inpaint": ("input", "mask"), "blend": ("input", "other"), "interpolate": ()}
+        for flag in needed.get(cfg.edit, ("input",)):
             if not getattr(cfg, flag):
                 common.fail(f"--edit {cfg.edit} needs --{flag} IMAGE")
         if cfg.label >= max(net.options["classes"], 1):

@@ -7,7 +7,7 @@
     5. config                           the shared flags, the presets of the datasets, the command line
     6. run                              processes, checkpoints, teachers, optimizer, averages, the log
     7. samples                          pictures, distances, the report at the end of training
-    8. other projects' files            teachers from EDM, EDM2 and diffusers
+    8. other projects' files            teachers from EDM, EDM2 and diffusers; text-to-image pipelines
 
 Whoever reads a method needs sections 1 and 2 alone, the first 300 lines. The rest is machinery.
 
@@ -23,6 +23,8 @@ that can be called like this: a run of ours, another project's network, or the e
 """
 import argparse
 import contextlib
+import copy
+import csv
 import dataclasses
 import datetime
 import functools
@@ -421,8 +423,9 @@ def one_hot(y, t, classes, dtype):
 
 
 def noise_input(t, c_noise, sigma_d):
-    """What is embedded: t itself (sCM, Sec. 4.1), or EDM's log(sigma) / 4 with sigma = sigma_d tan(t). The
-    logarithm has no bound at 0 and pi/2, so t is kept 1e-4 away from them."""
+    """What is embedded: t itself (sCM, Sec. 4.1), or EDM's log(sigma) / 4 with sigma = sigma_d tan(t)."""
+    # DEPARTS: EDM takes the logarithm of any sigma; here t stays 1e-4 away from 0 and pi/2, where it has no
+    # bound. For sigma_d = 0.5 that cuts sigma to 5e-5 .. 5000, far outside of EDM's 0.002 .. 80.
     if c_noise == "t":
         return t
     low, high = 1e-4, math.pi / 2 - 1e-4
@@ -460,7 +463,8 @@ class Embedding(nn.Module):
 
 
 class WeightHead(nn.Module):
-    """Learns w(t) (B,), the logarithm of the loss's weight at t (EDM2; sCM, App. D). It starts at w = 0."""
+    """Learns w(t) (B,), the logarithm of the loss's weight at t (EDM2, where it is -logvar; sCM, App. D)."""
+    # DEPARTS: EDM2's head starts with random weights; here with a gain of 0, so w = 0 and the loss is plain
 
     def __init__(self, sigma_d):
         super().__init__()
@@ -623,12 +627,12 @@ class UNet(nn.Module):
     EDM trains on CIFAR-10 (EDM, App. F). Parameters have EDM's names.
 
     The torso runs in `dtype`; parameters, embeddings and the output are float32 (float64 after .double()).
-    `attention` lists the resolutions with self-attention. Dropout acts in all layers of images up to 32
-    pixels, as in the papers' CIFAR-10 runs; in larger ones at 16x16 and below, as in sCM's ImageNet runs."""
+    `attention` lists the resolutions with self-attention. Dropout acts at `dropout_res` pixels a side and
+    below, as in sCM's and ECT's ImageNet runs, or everywhere if that is 0."""
 
     def __init__(self, shape, classes=0, arch="edm2", channels=64, channel_mult=(1, 2), blocks=2,
-                 attention=(8,), dropout=0.0, sigma_d=0.5, emb="positional", emb_scale=1.0, c_noise="t",
-                 double_norm=True, norm_shift=True, guidance=False, head=True, dtype="fp32"):
+                 attention=(8,), dropout=0.0, dropout_res=0, sigma_d=0.5, emb="positional", emb_scale=1.0,
+                 c_noise="t", double_norm=True, norm_shift=True, guidance=False, head=True, dtype="fp32"):
         super().__init__()
         self.edm2 = arch == "edm2"
         self.checkpointing = False
@@ -649,7 +653,7 @@ class UNet(nn.Module):
 
         def add(part, name, cin, cout, attend=False):
             kind = name if name in ("down", "up") else ""
-            rate = dropout if res <= 16 or shape[1] <= 32 else 0.0
+            rate = dropout if res <= (dropout_res or res) else 0.0
             part[f"{res}x{res}_{name}"] = Block(
                 cin, cout, dim, part is self.enc, attend, kind, rate, double_norm, norm_shift)
 
@@ -717,18 +721,23 @@ def init_ddpmpp(net):
 
 def build(options, seed=0):
     """The network from its constructor's arguments; its weights depend on the seed alone."""
+    kind = TextToImage if "pretrained" in options else MLP if len(options["shape"]) == 1 else UNet
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = (MLP if len(options["shape"]) == 1 else UNet)(**options)
+        net = kind(**options)
     net.options = options
     return net
 
 
 def network(cfg, data, device="cpu", **options):
     """The network for this config and dataset, started from --init or --teacher where that is a run. Further
-    options go to its constructor; all of them stay with it as net.options."""
+    options go to its constructor; all of them stay with it as net.options. A text-to-image pipeline is the
+    teacher with adapters."""
+    if cfg.dataset == "text":
+        return data.teacher.sibling(adapted=True).to(device).train()
     options = dict(shape=data.shape, classes=data.classes if cfg.conditional else 0, dropout=cfg.dropout,
-                   dtype=cfg.dtype) | {name: getattr(cfg, name) for name in NET_FIELDS} | options
+                   dropout_res=cfg.dropout_res, dtype=cfg.dtype, **{k: getattr(cfg, k) for k in NET_FIELDS},
+                   **options)
     net = build(options, cfg.seed)
     net.checkpointing = cfg.checkpointing
     if init_path(vars(cfg)):
@@ -787,6 +796,8 @@ def dataset(cfg, device="cpu"):
     """The dataset that cfg names: an object with shape, classes and batch(gen)."""
     if cfg.dataset in ("gmm", "gmm1d"):
         return (ring if cfg.dataset == "gmm" else pair)(cfg).to(device)
+    if cfg.dataset == "text":
+        return Captions(cfg, device)
     if cfg.dataset == "imagenet512":
         return Stored(cfg, *latents(cfg, device))
     kinds = dict(shapes=draw_shapes, cifar10=cifar10)
@@ -861,6 +872,8 @@ class Stored:
         if self.shape[1] % 2**halvings:
             fail(f"images of {self.shape[1]} pixels cannot be halved {halvings} times (--channel_mult): "
                  f"--image_size must be a multiple of {2**halvings}")
+        if cfg.flip and self.latent:
+            fail("--flip is for pixels: the latent of a mirrored image is not the mirrored latent")
         if cfg.conditional and self.classes < 2:
             fail(f"--conditional needs labels, and {cfg.data or cfg.dataset} has none")
 
@@ -868,6 +881,8 @@ class Stored:
         """x0 (B, C, H, W) float32, and y (B,) int64 or, unless cfg.conditional, None."""
         index = gen.index(len(self.rows)).cpu()
         x0 = self.x0(index.numpy(), gen.device, gen)
+        if self.cfg.flip:
+            x0 = torch.where((gen.uniform() < 0.5).view(-1, 1, 1, 1), x0.flip(3), x0)
         return x0, gen.labels(self.labels[index].to(gen.device), self.cfg)
 
     @functools.cached_property
@@ -899,30 +914,37 @@ class Stored:
         if not self.latent:
             return rows / 127.5 - 1
         mean, std = rows.chunk(2, dim=1)
-        _, _, shift, scale = latent_space(self.cfg, device)
+        _, shift, scale = latent_space(self.cfg, device)
         return (mean + (std * gen.normal(*self.shape) if gen else 0) - shift) * (self.cfg.sigma_d / scale)
 
     def to_pixels(self, x):
         return to_pixels(x, self.cfg)
 
 
-LATENT_SPACES = dict(  # pixel values of black and white; mean and standard deviation by channel
-    scm=(-1, 1, (1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31)),  # sCM, App. G
-    edm2=(0, 1, (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)))
+LATENT_SPACES = dict(  # mean and standard deviation by channel
+    scm=((1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31)),  # sCM, App. G
+    edm2=((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)))
 
 
 def latent_space(cfg, device):
-    """EDM2's numbers for its zip, sCM's otherwise; mean and standard deviation as (4, 1, 1)."""
-    black, white, *moments = LATENT_SPACES["edm2" if str(cfg.data).endswith(".zip") else "scm"]
-    return black, white, *(torch.tensor(m, device=device).view(4, 1, 1) for m in moments)
+    """The name of the latents' normalization, EDM2's for its zip and sCM's otherwise, and its mean and
+    standard deviation, (4, 1, 1)."""
+    name = "edm2" if str(cfg.data).endswith(".zip") else "scm"
+    return name, *(torch.tensor(moment, device=device).view(4, 1, 1) for moment in LATENT_SPACES[name])
+
+
+def autoencoder(cfg, device):
+    """The one of --vae, else of the pipeline, else of imagenet512."""
+    part = "vae" if cfg.pretrained and not cfg.vae else ""
+    return load_autoencoder(cfg.vae or cfg.pretrained or "stabilityai/sd-vae-ft-mse", part, device)
 
 
 @functools.cache
-def autoencoder(path, device):
+def load_autoencoder(path, part, device):
     from diffusers import AutoencoderKL
-    hub = "stabilityai/sd-vae-ft-mse"
-    with reading(f"no autoencoder at {path or hub}: give the folder https://huggingface.co/{hub} with --vae"):
-        return AutoencoderKL.from_pretrained(path or hub).to(device).requires_grad_(False)
+    with reading(f"no autoencoder at {path}: give one with --vae, such as the folder of "
+                 "https://huggingface.co/stabilityai/sd-vae-ft-mse for imagenet512"):
+        return AutoencoderKL.from_pretrained(path, subfolder=part).to(device).requires_grad_(False)
 
 
 def to_uint8(x):
@@ -932,14 +954,18 @@ def to_uint8(x):
 
 @torch.no_grad()
 def to_pixels(x, cfg):
-    """x0 (B, C, h, w) -> pixels (B, 3, H, W) uint8. Latents are decoded one by one."""
-    if cfg.dataset != "imagenet512":
+    """x0 (B, C, h, w) -> pixels (B, 3, H, W) uint8. Latents are decoded one by one.
+
+    EDM2's latents come from pixels in [0, 1], and its decoder cuts off what is behind the point. So must
+    whatever is compared with its statistics."""
+    if cfg.dataset not in ("imagenet512", "text"):
         return to_uint8(x)
-    black, white, shift, scale = latent_space(cfg, x.device)
-    vae = autoencoder(cfg.vae, x.device)
+    vae = autoencoder(cfg, x.device)
+    text = "text", 0, 1 / vae.config.get("scaling_factor", 1)
+    name, shift, scale = text if cfg.dataset == "text" else latent_space(cfg, x.device)
     z = x.float() * (scale / cfg.sigma_d) + shift
     pixels = torch.cat([vae.decode(one[None]).sample for one in z])
-    return to_uint8((pixels - black) * (2 / (white - black)) - 1)
+    return (pixels * 255).clamp(0, 255).to(torch.uint8) if name == "edm2" else to_uint8(pixels)
 
 
 def draw_shapes(cfg, count=8000):
@@ -1006,7 +1032,7 @@ def latents(cfg, device):
     root = Path(cfg.data or "data/imagenet512")
     folder = Path("data/imagenet512")
     if RANK == 0:
-        autoencoder(cfg.vae, torch.device("cpu"))  # pictures need it: better missed now than at the end
+        autoencoder(cfg, torch.device("cpu"))  # pictures need it: better missed now than at the end
     if root.suffix == ".zip":
         names, labels, read = list_images(root, (".npy",))
         return LatentZip(root, names, read), labels
@@ -1020,7 +1046,7 @@ def latents(cfg, device):
     cfg.data = str(folder)  # what the run's config names from now on
 
     def prepare():
-        vae = autoencoder(cfg.vae, device)
+        vae = autoencoder(cfg, device)
 
         @torch.no_grad()
         def encode(part):
@@ -1180,8 +1206,13 @@ class Config:
     size: str = ""  # another size of the preset's network, such as M; "" is its own
     data: str = ""  # class folders or a zip of images; cifar10: its archive; imagenet512: images or latents
     vae: str = ""  # autoencoder of latents, a folder or hub id; "" is the dataset's own
+    pretrained: str = ""  # text to image: folder or hub id of diffusers' pipeline; --data has captions, too
+    lora_rank: int = 64  # text to image: rank of the adapters that are trained, and their alpha
+    first_label: int = 0  # text to image: label of the first noise level; 1 in Direct CM's code
+    prompt: str = ""  # text to image: what to --sample
     out: str = ""  # the run's folder; "" is out/<script>
     image_size: int = 0  # crop and resize images to this many pixels; 0 leaves them as they are
+    flip: bool = False  # mirror half of the training images, at random
     conditional: bool = False  # train a class-conditional network
     label_dropout: float = 0.0  # how often a label is dropped in training, for guidance; 0 is off
     teacher: str = ""  # a run's folder, a checkpoint, or exact (gmm); "" is none
@@ -1197,7 +1228,8 @@ class Config:
     beta2: float = 0.99  # Adam's decay of the second moment; that of the first is 0.9
     eps: float = 1e-8  # Adam's epsilon
     clip: float = 0.0  # largest norm of the gradient; 0 is off
-    dropout: float = 0.0  # dropout rate; for images larger than 32 pixels, only in layers at 16x16 and below
+    dropout: float = 0.0  # dropout rate of the U-Net
+    dropout_res: int = 0  # dropout acts only in layers of at most so many pixels a side; 0 is all layers
     ema_sigma_rel: float = 0.05  # width of the power-function EMA, relative to training; 0 uses ema_halflife
     ema_halflife: float = 5e5  # half-life of the EMA in samples; 0 too is no EMA
     arch: Literal["edm2", "ddpmpp"] = "edm2"  # blocks of the U-Net: EDM2's, or those of EDM's CIFAR-10 runs
@@ -1233,7 +1265,9 @@ class Config:
 
 EDM2_NET = dict(channels=192, channel_mult=(1, 2, 3, 4), blocks=3, attention=(16, 8), c_noise="log",
                 double_norm=False)
-PRESETS = {  # what belongs to a dataset, whatever the method: its toy defaults, or its network
+# The learning rate rises over 10 million images. In cm.py and sct.py, the loss's weight is learned.
+EDM2_RECIPE = dict(batch=2048, optimizer="adam", beta2=0.99, lr_warmup=4883, dtype="fp16", uncertainty=True)
+PRESETS = {  # what belongs to a dataset, whatever the method: its toy defaults, its network, its teachers
     "gmm": dict(teacher="exact", lr_cooldown=0.3, channels=128, blocks=4, c_noise="log", emb_scale=8.0),
     "shapes": dict(image_size=16, conditional=True, channels=32, blocks=1, steps=1000, batch=64, lr=2e-3,
                    lr_cooldown=0.5),
@@ -1241,23 +1275,40 @@ PRESETS = {  # what belongs to a dataset, whatever the method: its toy defaults,
     "folder": dict(conditional=True, steps=1000, batch=128, lr=2e-3, lr_cooldown=0.5, blocks=1),
     ("folder", "diffusion"): dict(steps=3000, lr=1e-2, lr_warmup=100, P_mean=-1.2, P_std=1.2,
                                   label_dropout=0.1),
-    # EDM's CIFAR-10 recipe. DEPARTS: EDM trains with augmentation; here there is none
+    # EDM's CIFAR-10 recipe.
+    # DEPARTS: EDM augments (p = 0.12, nine labels); here --flip at most, as the students are not augmented
     "cifar10": dict(arch="ddpmpp", double_norm=False, channels=128, channel_mult=(2, 2, 2), blocks=4,
                     attention=(16,), optimizer="radam", ema_sigma_rel=0.0, save_every=2500),
     ("cifar10", "diffusion"): dict(batch=512, steps=400_000, lr=1e-3, lr_warmup=19_531, optimizer="adam",
                                    beta2=0.999, ema_halflife=5e5, dropout=0.13, P_mean=-1.2, P_std=1.2),
+    "text": dict(conditional=True, image_size=1024, sigma_d=1.0, optimizer="adamw", beta2=0.999),
     "imagenet64": dict(EDM2_NET, image_size=64, conditional=True, batch=2048, save_every=2500),
+    ("imagenet64", "diffusion"): dict(EDM2_RECIPE, lr_ref=35_000, P_mean=-0.8, P_std=1.6),
     "imagenet512": dict(EDM2_NET, conditional=True, batch=2048),
+    ("imagenet512", "diffusion"): dict(EDM2_RECIPE, lr_ref=70_000, P_mean=-0.4, P_std=1.0),
 }
+EDM2_TEACHERS = {  # by size: learning rate, dropout, width of the EMA, training in 2^20 images
+    "imagenet64": dict(S=(1e-2, 0.0, 0.075, 1024), M=(9e-3, 0.1, 0.06, 2048), L=(8e-3, 0.1, 0.04, 1024),
+                       XL=(7e-3, 0.1, 0.04, 640)),
+    "imagenet512": dict(S=(1e-2, 0.0, 0.025, 2048), M=(9e-3, 0.1, 0.03, 2048), L=(8e-3, 0.1, 0.015, 1792),
+                        XL=(7e-3, 0.1, 0.02, 1280), XXL=(6.5e-3, 0.1, 0.015, 896))}
+for name, sizes in EDM2_TEACHERS.items():
+    for size, (lr, rate, width, images) in sizes.items():
+        PRESETS[name, size] = dict(channels=dict(S=192, M=256, L=320, XL=384, XXL=448)[size],
+                                   checkpointing=size in ("XL", "XXL"))
+        PRESETS[name, size, "diffusion"] = dict(lr=lr, dropout=rate, ema_sigma_rel=width,
+                                                steps=images * 2**20 // 2048)
 NET_FIELDS = ("arch", "channels", "channel_mult", "blocks", "attention", "emb", "emb_scale", "c_noise",
               "double_norm", "norm_shift", "sigma_d")  # arguments of the network's constructor
 FROM_TEACHER = (*NET_FIELDS, "image_size", "conditional")  # what a student takes over
-ONE_CALL = ("resume", "overwrite", "dry_run", "sample", "nfe", "label", "save")  # what a run does not keep
+# What a run does not keep.
+ONE_CALL = ("resume", "overwrite", "dry_run", "sample", "nfe", "label", "prompt", "save")
 # What may differ from the stored run: with --resume, what cannot change the result (--micro changes dropout).
 RESUMABLE = (*ONE_CALL, "out", "steps", "data", "log_every", "save_every", "sample_every", "micro", "compile",
              "checkpointing")
 # What may not differ even with --sample and the like.
-FIXED = ("dataset", "mode", "label_dropout", "phases", "student_steps", "pd_start", *FROM_TEACHER)
+FIXED = ("dataset", "mode", "label_dropout", "phases", "student_steps", "pd_start", "pretrained", "lora_rank",
+         "first_label", *FROM_TEACHER)
 AT_LEAST_1 = ("steps", "batch", "nfe", "log_every", "save_every", "sample_every", "channels", "blocks",
               "intervals", "patch", "intervals_start", "stage_steps", "phases", "student_steps", "pd_start")
 AT_MOST = dict(dropout=0.99, label_dropout=1, lr_cooldown=1, ema_sigma_rel=0.28, beta2=0.99999,
@@ -1281,6 +1332,8 @@ def parse_args(Config, presets, modes, argv=None):
     if unknown:
         fail(f"unknown argument {unknown[0]}; the flags are --{', --'.join(fields)}")
     flags["out"] = flags.get("out") or f"out/{script}"
+    if flags.get("pretrained"):
+        flags["dataset"] = "text"
     stored = {}
     if any(flags.get(name) for name in ("resume", "sample", "edit", "search")):
         ckpt = read_checkpoint(flags["out"])
@@ -1476,16 +1529,19 @@ def read_checkpoint(path):
 
 
 def load_net(path, data=None):
-    """The EMA network of a run, frozen, in eval mode. Ends the program if it does not fit the data."""
+    """The EMA network of a run, frozen, in eval mode. Ends the program if it does not fit the data. Of a
+    text-to-image run, it knows the data's captions."""
     ckpt = read_checkpoint(path)
     options = ckpt["options"]
     with reading(f"{path} is damaged, or of another version: its weights do not fit its network"):
         if data and tuple(options["shape"]) != data.shape:
             fail(f"{path} is a network for shape {tuple(options['shape'])}; this data has {data.shape}")
-        if data and options["classes"] not in (0, data.classes):
+        if data and options["classes"] not in (0, data.classes) and "pretrained" not in options:
             fail(f"{path} is a network for {options['classes']} classes; this data has {data.classes}")
         net = build(options)
         net.load_state_dict(ckpt["ema"])
+        if data and "pretrained" in options:
+            net.text, net.options["classes"] = data.teacher.text, data.classes
         if "weak" in ckpt:  # for sct.py's guidance; the tuple keeps it out of net's own modules
             net.weak = (build(options).eval().requires_grad_(False),)
             net.weak[0].load_state_dict(ckpt["weak"])
@@ -1494,9 +1550,11 @@ def load_net(path, data=None):
 
 def load_teacher(cfg, data, device):
     """--teacher: exact (for mixtures), a run, a checkpoint, EDM's snapshot, a UNet2DModel; None if there is
-    none."""
+    none. Of --dataset text, it is the pipeline."""
     if cfg.teacher == "exact" and not isinstance(data, Mixture):
         fail(f"--teacher exact knows only --dataset gmm, not {cfg.dataset}: give a run folder")
+    if cfg.dataset == "text":
+        return data.teacher
     if cfg.teacher in ("", "exact"):
         return data if cfg.teacher else None
     if not is_diffusers(cfg.teacher):
@@ -1517,7 +1575,7 @@ def load_init(net, cfg, data):
     anew = {k for k in names if ".guidance" in k and k not in old}
     for options, parts in ((("emb", "emb_scale", "c_noise"), "emb_fourier|emb_noise|map_layer0"),
                            (("double_norm", "norm_shift"), "emb_linear|emb_gain|modulate")):
-        if any(source.options.get(k) not in (None, net.options[k]) for k in options):
+        if any(source.options.get(k) not in (None, net.options.get(k)) for k in options):
             anew |= {k for k in names if re.search(parts, k)}
     for k in sorted(names - anew):
         if k not in state or k not in old or state[k].shape != old[k].shape:
@@ -1529,6 +1587,8 @@ def dry_run(cfg):
     """--dry_run: open and check data and teacher, and build the network without memory (on the device meta).
     Prints its parameters, the FLOPs of a forward pass, and an estimate of the memory that a process needs."""
     from torch.utils.flop_counter import FlopCounterMode
+    if cfg.dataset == "text":
+        fail("--dry_run knows no text-to-image pipeline")
     start_processes()
     data = dataset(cfg)
     teacher = load_teacher(cfg, data, "cpu")
@@ -1719,6 +1779,8 @@ class Run:
                      options=state["net"].options, rng=self.cfg.seed, world=WORLD)
         ckpt["seconds"] = time.time() - self.began
         atomic_write(self.out / "ckpt.pt", lambda file: torch.save(ckpt, file))
+        if self.cfg.dataset == "text":
+            export(self.out, ckpt["ema"])
         Run.saved = self.out
 
     def steps(self, start):
@@ -1874,7 +1936,7 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
         exact = exact_ode(data, noise, y, cfg.sigma_d)
         columns = {"data": fresh, "exact ODE": exact}
         distances = {"ode": energy_distance(exact, fresh), "data": energy_distance(other, fresh)}
-    elif teacher is not None:
+    elif teacher is not None and cfg.dataset != "text":  # a pipeline is of use with guidance alone
         solved = solve(teacher, noise, ode_times(18, cfg.sigma_d), y, cfg.sigma_d)
         columns = {"teacher, 35 NFE": data.to_pixels(solved)}
     for nfe in nfes:
@@ -1907,6 +1969,8 @@ def write_samples(cfg, sample):
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = load_net(cfg.out).to(device)
+    if cfg.dataset == "text":
+        net.read([cfg.prompt or fail("--sample of a text-to-image run needs --prompt TEXT")])
     toy = len(net.options["shape"]) == 1
     classes = net.options["classes"]
     if cfg.label >= 0 and cfg.label >= classes:
@@ -1940,6 +2004,14 @@ class Record:
 
     def __setstate__(self, state):
         self.state = state
+
+
+class Unread(Record):
+    """What a pickle makes with a name that is not read: nothing is imported or called, and the arguments are
+    dropped. ECT's snapshots hold such objects beside the network, in loss_fn."""
+
+    def __init__(self, *args, **kw):
+        super().__init__(type(self).__name__)
 
 
 class Array(np.ndarray):
@@ -1990,15 +2062,16 @@ PICKLE_NAMES = {
 
 
 class Unpickler(pickle._Unpickler):
-    """Reads PICKLE_NAMES and Records, and sets the state of Records and Arrays alone. It extends the
-    unpickler written in Python, because C's cannot be kept from setting the state of anything."""
+    """Reads PICKLE_NAMES and Records, makes everything else Unread, and sets the state of Records and Arrays
+    alone. It extends the unpickler written in Python, because C's cannot be kept from setting the state of
+    anything."""
     dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module, name):
         full = re.sub(r"^numpy\._?core\.", "numpy.", f"{module}.{name}")  # numpy 1 and 2
-        if full not in PICKLE_NAMES and not module.startswith("torch.nn.modules."):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not read")
-        return PICKLE_NAMES.get(full, Record)
+        if full in PICKLE_NAMES or module.startswith("torch.nn.modules."):
+            return PICKLE_NAMES.get(full, Record)
+        return type(full, (Unread,), {})
 
     def load_build(self):
         if not isinstance(self.stack[-2], (Record, Array)):
@@ -2043,10 +2116,12 @@ EDM_DROPPED = "logvar|map_augment|resample_filter"  # the loss's head; augmentat
 
 
 def read_edm(path):
-    """A snapshot of EDM2's U-Net or EDM's DDPM++ (a dict with `ema`), in the form of our checkpoints."""
+    """A snapshot of EDM2's U-Net, or of DDPM++ by EDM or ECT (a dict with `ema`), in the form of our
+    checkpoints. ECT's is a consistency model, which sct.py and eval.py can sample."""
     content = read_pickle(path)
-    with reading(f"{path} is no snapshot of EDM2's U-Net or EDM's DDPM++"):
-        arch = dict(Precond="edm2", EDMPrecond="ddpmpp")[content["ema"].class_name]
+    with reading(f"{path} is no snapshot of EDM2's U-Net, or of DDPM++ by EDM or ECT"):
+        kind = content["ema"].class_name
+        arch = dict(Precond="edm2", EDMPrecond="ddpmpp", ECMPrecond="ddpmpp")[kind]
         kw = EDM_DEFAULTS[arch] | content["ema"].state["_init_kwargs"]
         for name, value in EDM_FIXED[arch].items():
             if kw.get(name, value) != value:
@@ -2062,9 +2137,11 @@ def read_edm(path):
                        channel_mult=tuple(kw["channel_mult"]), attention=tuple(kw["attn_resolutions"]),
                        emb="fourier" if arch == "edm2" else "positional", c_noise="log")
         shape = (kw["img_channels"], kw["img_resolution"], kw["img_resolution"])
-    config = options | dict(conditional=classes > 0)
+    config, script = options | dict(conditional=classes > 0), "edm"
+    if kind == "ECMPrecond":
+        config, script = config | dict(dataset="cifar10", mode="ect", sigma_shift=0.003), "sct"
     options |= dict(shape=shape, classes=classes, sigma_d=kw.get("sigma_data", 0.5), head=False)
-    return dict(script="edm", config=config, options=options, net=weights, ema=weights, step=0, seconds=0.0)
+    return dict(script=script, config=config, options=options, net=weights, ema=weights, step=0, seconds=0.0)
 
 
 def is_diffusers(path):
@@ -2074,27 +2151,18 @@ def is_diffusers(path):
         return any(file.is_file() and '"UNet2DModel"' in file.read_text() for file in configs)
 
 
-class Diffusers(nn.Module):
-    """diffusers' UNet2DModel that predicts eps, such as google/ddpm-cifar10-32, as a teacher without labels.
-    Angles become its time steps along log(sigma / alpha); beyond its first and last it is called with
-    those."""
+class Epsilon(nn.Module):
+    """A network that predicts eps at the steps 0, 1, .. of a variance-preserving schedule, as F = net(x, t,
+    y).
 
-    def __init__(self, path, sigma_d):
+    Angles become steps along log(sigma / alpha). Beyond the first and last step it is called with those. What
+    extends this says what eps(z, step, y) is, for z of the variance-preserving process."""
+
+    def __init__(self, betas, sigma_d):
         super().__init__()
-        from diffusers import DDPMScheduler, UNet2DModel
-        folders = ("unet", "scheduler") if Path(path, "unet").is_dir() else ("", "")
-        with reading(f"{path} is no complete folder of UNet2DModel and its scheduler"):
-            self.net = UNet2DModel.from_pretrained(Path(path, folders[0]))
-            self.sigma_d = sigma_d
-            scheduler = DDPMScheduler.from_pretrained(Path(path, folders[1]))
-        config = self.net.config
-        if config.num_class_embeds or config.class_embed_type or config.out_channels != config.in_channels:
-            fail(f"{path} takes labels or predicts variances: only networks without are known")
-        if scheduler.config.prediction_type != "epsilon":
-            fail(f"{path} predicts {scheduler.config.prediction_type}: only epsilon is known")
-        self.options = dict(shape=(config.in_channels, config.sample_size, config.sample_size), classes=0)
-        abar = (1 - scheduler.betas.double()).cumprod(0)
-        self.register_buffer("log_ratio", (1 / abar - 1).log() / 2)  # log(sigma / alpha), ascending
+        self.sigma_d = sigma_d
+        abar = (1 - betas.double()).cumprod(0)
+        self.register_buffer("log_ratio", (1 / abar - 1).log() / 2, persistent=False)  # log(sigma / alpha)
 
     def forward(self, x, t, y=None, guidance=None):
         t = torch.minimum(t.double(), torch.atan(self.log_ratio[-1].exp() / self.sigma_d))
@@ -2102,7 +2170,176 @@ class Diffusers(nn.Module):
         log = ratio.log().clamp(self.log_ratio[0], self.log_ratio[-1])
         i = torch.searchsorted(self.log_ratio, log).clamp(1, len(self.log_ratio) - 1)
         below, above = self.log_ratio[i - 1], self.log_ratio[i]
-        time = (i - 1 + (log - below) / (above - below)).float()
+        step = (i - 1 + (log - below) / (above - below)).float()
         noisy = self.sigma_d * x / like(t.cos(), x)                                  # x_0 + ratio eps
-        eps = self.net((noisy * like((1 + ratio**2).rsqrt(), x)).float(), time).sample.to(x.dtype)
+        eps = self.eps((noisy * like((1 + ratio**2).rsqrt(), x)).float(), step, y).to(x.dtype)
         return like(t.cos(), x) * eps - like(t.sin() / self.sigma_d, x) * (noisy - like(ratio, x) * eps)
+
+
+class Diffusers(Epsilon):
+    """diffusers' UNet2DModel that predicts eps, such as google/ddpm-cifar10-32, as a teacher without
+    labels."""
+
+    def __init__(self, path, sigma_d):
+        from diffusers import DDPMScheduler, UNet2DModel
+        folders = ("unet", "scheduler") if Path(path, "unet").is_dir() else ("", "")
+        with reading(f"{path} is no complete folder of UNet2DModel and its scheduler"):
+            net = UNet2DModel.from_pretrained(Path(path, folders[0]))
+            scheduler = DDPMScheduler.from_pretrained(Path(path, folders[1]))
+        super().__init__(scheduler.betas, sigma_d)
+        self.net, config = net, net.config
+        if config.num_class_embeds or config.class_embed_type or config.out_channels != config.in_channels:
+            fail(f"{path} takes labels or predicts variances: only networks without are known")
+        if scheduler.config.prediction_type != "epsilon":
+            fail(f"{path} predicts {scheduler.config.prediction_type}: only epsilon is known")
+        self.options = dict(shape=(config.in_channels, config.sample_size, config.sample_size), classes=0)
+
+    def eps(self, z, step, y):
+        return self.net(z, step).sample
+
+
+LORA = ("to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,"
+        "downsamplers.0.conv,upsamplers.0.conv,time_emb_proj").split(",")
+
+
+class TextToImage(Epsilon):
+    """The U-Net of a text-to-image pipeline of diffusers, SDXL or Stable Diffusion 1.5, on its latents.
+    Labels are indices of captions (see `text`), -1 for none.
+
+    The U-Net is frozen but for LoRA adapters, which are what is trained and all that state_dict() holds. The
+    teacher is the same U-Net without them."""
+
+    def __init__(self, shape, pretrained, image_size, lora_rank, first_label, dtype, sigma_d, micro,
+                 classes=0, text=None, unet=None, adapted=True):
+        from diffusers import DDPMScheduler, UNet2DConditionModel
+        from peft import LoraConfig
+        with reading(f"--pretrained {pretrained} is not a readable SDXL pipeline or SD 1.5"):
+            scheduler = DDPMScheduler.from_pretrained(pretrained, subfolder="scheduler")
+            if not unet:
+                unet = UNet2DConditionModel.from_pretrained(
+                    pretrained, subfolder="unet", torch_dtype=DTYPES[dtype])
+                unet.requires_grad_(False).enable_gradient_checkpointing()
+                unet.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=LORA))
+        super().__init__(scheduler.betas, sigma_d)
+        for p in unet.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+        self.unet, self.adapted, self.text, self.half = unet, adapted, text, DTYPES[dtype]
+        self.options = dict(
+            shape=shape, pretrained=pretrained, image_size=image_size, lora_rank=lora_rank,
+            first_label=first_label, dtype=dtype, sigma_d=sigma_d, micro=micro, classes=classes)
+
+    def sibling(self, adapted, unet=None):
+        """The student (adapted) or the teacher on the same U-Net, or on a copy of it."""
+        return TextToImage(**self.options, text=self.text, unet=unet or self.unet, adapted=adapted)
+
+    def __deepcopy__(self, memo):
+        """A copy with its own LoRA on the same frozen weights."""
+        memo |= {id(p): p for p in self.unet.parameters() if not p.requires_grad}
+        return self.sibling(self.adapted, copy.deepcopy(self.unet, memo))
+
+    def read(self, captions):
+        """Take these captions, [str], as labels 0, 1, .."""
+        self.text = read_text(self.options["pretrained"], captions, self.log_ratio.device)
+        self.options["classes"] = len(captions)
+
+    def forward(self, x, t, y=None, guidance=None):
+        n = self.options["micro"] or len(x)  # sampling takes no more at once than training
+        y = torch.full_like(t, -1, dtype=torch.int64) if y is None else y
+        parts = zip(x.split(n), t.split(n), y.split(n))
+        return torch.cat([super(TextToImage, self).forward(*part) for part in parts])
+
+    def eps(self, z, step, y):
+        # DEPARTS: the authors of Direct CM resize bilinearly, crop at random, and tell SDXL each image's own
+        # size and corner; here the crop is the centre, and SDXL is told of an image of just this size, with
+        # and without a caption alike
+        known, row, side = (y >= 0).float().cpu(), y.clamp(min=0).cpu(), self.options["image_size"]
+        prompts, pooled = ((table[row] * like(known, table)).to(z) for table in self.text)
+        size = z.new_tensor([side, side, 0, 0, side, side]).expand(len(z), 6)
+        added = dict(text_embeds=pooled, time_ids=size) if pooled.numel() else None  # SD 1.5 takes none
+        self.unet.enable_adapters() if self.adapted else self.unet.disable_adapters()
+        with torch.autocast(z.device.type, self.half, enabled=self.half != torch.float32):
+            eps = self.unet(z, step + self.options["first_label"], prompts, added_cond_kwargs=added).sample
+        self.unet.enable_adapters()
+        return eps.float()
+
+    def state_dict(self, **kw):
+        from peft import get_peft_model_state_dict
+        return get_peft_model_state_dict(self.unet)
+
+    def load_state_dict(self, state):
+        from peft import set_peft_model_state_dict
+        set_peft_model_state_dict(self.unet, state)
+
+
+def read_text(pretrained, captions, device):
+    """Embeddings of captions by a pipeline's text encoders, (N, L, C), and its pooled ones, (N, P); P is 0
+    for SD 1.5."""
+    from diffusers import DiffusionPipeline
+    with reading(f"--pretrained {pretrained} is not a readable SDXL pipeline or SD 1.5"):
+        pipe = DiffusionPipeline.from_pretrained(pretrained, unet=None, vae=None).to(device)
+        assert type(pipe).__name__ in ("StableDiffusionXLPipeline", "StableDiffusionPipeline"), type(pipe)
+    rows = []
+    for caption in tqdm(captions, desc="read captions", leave=False, disable=None):
+        with torch.no_grad():
+            embedding, _, *pooled = pipe.encode_prompt(caption, device=device, num_images_per_prompt=1,
+                                                       do_classifier_free_guidance=False)
+        rows.append((embedding.cpu(), pooled[0].cpu() if pooled else torch.zeros(1, 0)))
+    return tuple(torch.cat(column) for column in zip(*rows))
+
+
+class Captions:
+    """The images of --data as latents of --pretrained's autoencoder, with their captions. x0 has the scale of
+    the pipeline's latents, so sigma_d is 1."""
+    # DEPARTS: Direct CM samples latents anew each time; here they are the posterior's means, computed once
+
+    def __init__(self, cfg, device):
+        if not (cfg.pretrained and cfg.data):
+            fail("--dataset text needs --pretrained PATH_OR_HUB_ID and --data FOLDER")
+        pairs, self.cfg, latents = read_captions(cfg), cfg, []
+        text = read_text(cfg.pretrained, [caption for _, caption in pairs], device)
+        vae = autoencoder(cfg, device)
+        for path, _ in tqdm(pairs, desc="encode", leave=False, disable=None):
+            x = torch.from_numpy(decode(path, Path.read_bytes, cfg.image_size).copy())[None].to(device)
+            with torch.no_grad():
+                latent = vae.encode(x.float() / 127.5 - 1).latent_dist.mean
+            latents.append(latent.cpu() * vae.config.scaling_factor)
+        self.latents, self.classes = torch.cat(latents), len(pairs)
+        self.shape = tuple(self.latents.shape[1:])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            self.teacher = TextToImage(
+                self.shape, cfg.pretrained, cfg.image_size, cfg.lora_rank, cfg.first_label, cfg.dtype,
+                cfg.sigma_d, cfg.micro, self.classes, text, adapted=False).to(device)
+
+    def batch(self, gen):
+        """x0 (B, 4, h, w), and y (B,), the index of the caption."""
+        y = gen.index(self.classes)
+        return self.latents[y.cpu()].to(gen.device), gen.labels(y, self.cfg)
+
+    def to_pixels(self, x):
+        return to_pixels(x, self.cfg)
+
+
+def export(folder, adapters):
+    """Write them as pytorch_lora_weights.safetensors, for diffusers' load_lora_weights."""
+    from diffusers import StableDiffusionXLPipeline
+    with writing(folder):
+        StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=adapters)
+
+
+def read_captions(cfg):
+    """[(image path, caption)] of --data: metadata.jsonl or .csv (file_name, text), or a .txt beside each
+    image."""
+    root = Path(cfg.data)
+    with reading(f"--data {root}: every image needs a caption, in metadata.jsonl or metadata.csv "
+                 "(file_name, text), or in a .txt of its name"):
+        if (root / "metadata.jsonl").exists():
+            rows = map(json.loads, (root / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
+        elif (root / "metadata.csv").exists():
+            rows = csv.DictReader((root / "metadata.csv").read_text(encoding="utf-8").splitlines())
+        else:
+            images = (p for p in root.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+            rows = (dict(file_name=path.relative_to(root), text=path.with_suffix(".txt").read_text("utf-8"))
+                    for path in sorted(images))
+        pairs = [(root / row["file_name"], row["text"].strip()) for row in rows]
+    return pairs or fail(f"--data {root}: no images with captions in it")

@@ -25,15 +25,16 @@ on the same draws (--mode both), and the paper's table of E beside sample qualit
     python direct_cm.py --sample 4 --prompt "a red fox in the snow" --nfe 4 --out out/sdxl
 
 With --pretrained the student is SDXL's U-Net with LoRA, the teacher the same without; x_0 is a latent and y a
-caption. SD 1.5 works as well, with --image_size 512.
+caption. SD 1.5 works as well, with --image_size 512. The paper's Table 1, against the teacher's own images
+from the same noise, is
+
+    python eval.py out/sdxl --prompts CAPTIONS.txt --reference teacher --features inception --nfe 1 2 4
 """
 # ------------------------------------------------------------------------------------------------- imports
 import common
 from common import like
 
 import copy
-import csv
-import json
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -53,9 +54,6 @@ class Config(common.Config):
     solver: Literal["ddim", "euler", "heun"] = "ddim"  # the teacher's
     guidance: float = 1.0  # w, strength of the teacher's guidance (the paper has 9); 1 is off
     metric: Literal["l2", "huber"] = "l2"  # distance d; huber is elementwise with c = 0.001
-    pretrained: str = ""  # SDXL: folder or hub id of a diffusers pipeline; --data is images with captions
-    lora_rank: int = 64  # SDXL: rank of the adapters, and their alpha
-    prompt: str = ""  # SDXL: what to --sample, through diffusers' pipeline
 
 
 # ------------------------------------------------------------------------------------------------- PRESETS
@@ -65,9 +63,8 @@ PRESETS = {
     "folder": dict(steps=500),
     # E (mean square) and FID of 1 step (DDIM): cm 0.29, 103.9; direct 0.25, 158.6. No EMA, as in the paper.
     # DEPARTS: paper 8-bit AdamW; here PyTorch's
-    "sdxl": dict(conditional=True, mode="cm", image_size=1024, steps=250, batch=16, micro=1, lr=1e-4,
-                 guidance=9.0, optimizer="adamw", beta2=0.999, clip=1.0, ema_sigma_rel=0.0, ema_halflife=0.0,
-                 save_every=50),
+    "text": dict(mode="cm", steps=250, batch=16, micro=1, lr=1e-4, guidance=9.0, clip=1.0, first_label=1,
+                 ema_sigma_rel=0.0, ema_halflife=0.0, save_every=50, seed=24),
 }
 
 
@@ -92,12 +89,6 @@ def times(gen, step, cfg):
 def predict(net, z_t, t, y, cfg, guidance=1.0):
     """x_0 and eps of a network or a teacher, for t > 0, with a strength of guidance."""
     alpha, sigma = alpha_sigma(t)
-    if cfg.pretrained:
-        eps = net(z_t, t, y)
-        if guidance != 1:
-            eps_uncond = net(z_t, t, torch.full_like(y, -1))
-            eps = eps_uncond + guidance * (eps - eps_uncond)
-        return (z_t - like(sigma, z_t) * eps) / like(alpha, z_t), eps
     x_t, angle = common.to_trigflow(z_t, alpha, sigma, cfg.sigma_d)
     F = net(x_t / cfg.sigma_d, angle, y)
     if guidance != 1:
@@ -195,7 +186,7 @@ LOSSES = {"cm": cm, "direct": direct}
 @torch.no_grad()
 def sample(net, noise, y, nfe, cfg, gen):
     """noise ~ N(0, sigma_d^2 I) (B, ...) -> x_0: f, noise of the next level, f, and so on. The nfe levels are
-    spread over the grid from label 1000 down."""
+    spread over the grid from label 1000 down; halves go to the even index, as in the authors' code."""
     z, stride = noise / cfg.sigma_d, 1000 // cfg.intervals
     labels = [1000 - stride * round(i * cfg.intervals / nfe) for i in range(nfe)]
     for i, label in enumerate(labels):
@@ -210,10 +201,9 @@ def sample(net, noise, y, nfe, cfg, gen):
 # --------------------------------------------------------------------------------------------------- train
 def train(cfg):
     run = common.Run(cfg)
-    data = Captions(cfg, run.device) if cfg.pretrained else common.dataset(cfg, run.device)  # <- method
-    teacher = SDXL(cfg, data) if cfg.pretrained else common.load_teacher(cfg, data, run.device)  # <- method
-    net = teacher.student() if cfg.pretrained else common.network(cfg, data, head=False)  # <- method
-    net.to(run.device)  # <- method
+    data = common.dataset(cfg, run.device)  # <- method
+    teacher = common.load_teacher(cfg, data, run.device)  # <- method
+    net = common.network(cfg, data, run.device, head=False)  # <- method
     target = net  # <- method: the live network itself is the branch without gradient
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = common.make_optimizer(net, cfg)
@@ -247,196 +237,53 @@ def train(cfg):
         if done % cfg.save_every == 0 or done in (1, cfg.steps):
             run.save(state, done)
         if done % cfg.sample_every == 0 or done == cfg.steps:
-            solved = None if cfg.pretrained else teacher  # <- method: SDXL is no network of our convention
-            common.report(cfg, run, done, sample, ema, data, solved, (1, 2, 4))  # <- method
+            common.report(cfg, run, done, sample, ema, data, teacher, (1, 2, 4))  # <- method
 
 
 # -------------------------------------------------------------------------------------------------- extras
-def read_captions(cfg):
-    """[(image path, caption)] of --data: metadata.jsonl or .csv (file_name, text), or a .txt beside each
-    image."""
-    root = Path(cfg.data)
-    with common.reading(f"--data {root}: every image needs a caption, in metadata.jsonl or metadata.csv "
-                        "(file_name, text), or in a .txt of its name"):
-        if (root / "metadata.jsonl").exists():
-            rows = map(json.loads, (root / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
-        elif (root / "metadata.csv").exists():
-            rows = csv.DictReader((root / "metadata.csv").read_text(encoding="utf-8").splitlines())
-        else:
-            images = (p for p in root.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-            rows = (dict(file_name=path.relative_to(root), text=path.with_suffix(".txt").read_text("utf-8"))
-                    for path in sorted(images))
-        pairs = [(root / row["file_name"], row["text"].strip()) for row in rows]
-    return pairs or common.fail(f"--data {root}: no images with captions in it")
-
-
-class Captions:
-    """Images of --data as latents, and their captions as prompt embeddings, by the parts of --pretrained."""
-    # DEPARTS: paper samples latents anew each time; here they are the posterior's means, computed once
-
-    def __init__(self, cfg, device):
-        from diffusers import AutoencoderKL, DiffusionPipeline
-        pairs = read_captions(cfg)
-        with common.reading(f"--pretrained {cfg.pretrained} is not a readable SDXL pipeline or SD 1.5"):
-            part = dict(subfolder="vae") if not cfg.vae else {}
-            self.vae = AutoencoderKL.from_pretrained(cfg.vae or cfg.pretrained, **part).to(device)
-            pipe = DiffusionPipeline.from_pretrained(cfg.pretrained, unet=None, vae=None).to(device)
-            assert type(pipe).__name__ in ("StableDiffusionXLPipeline", "StableDiffusionPipeline"), type(pipe)
-        self.vae.requires_grad_(False)
-        latents, prompts, pooled = [], [], []
-        for path, caption in common.tqdm(pairs, desc="encode", leave=False, disable=None):
-            x = common.decode(path, Path.read_bytes, cfg.image_size).copy()
-            x = torch.from_numpy(x)[None].to(device).float() / 127.5 - 1
-            with torch.no_grad():
-                latents.append(self.vae.encode(x).latent_dist.mean.cpu() * self.vae.config.scaling_factor)
-                embedding, _, *more = pipe.encode_prompt(caption, device=device, num_images_per_prompt=1,
-                                                         do_classifier_free_guidance=False)
-            prompts.append(embedding.cpu())
-            pooled.append(more[0].cpu() if more else torch.zeros(1, 0))  # SD 1.5 has none
-        self.latents, self.prompts, self.pooled = torch.cat(latents), torch.cat(prompts), torch.cat(pooled)
-        self.shape, self.classes, self.cfg = tuple(self.latents.shape[1:]), len(pairs), cfg
-
-    def batch(self, gen):
-        """x0 (B, 4, H / 8, W / 8), and y (B,), the index of the caption."""
-        y = gen.index(self.classes)
-        return self.latents[y.cpu()].to(gen.device), gen.labels(y, self.cfg)
-
-    def condition(self, y):
-        """Prompt embeddings (B, L, C) and pooled ones (B, P) of captions y; zeros for -1."""
-        rows, known, tables = y.clamp(min=0).cpu(), (y >= 0).float().cpu(), (self.prompts, self.pooled)
-        return ((table[rows] * like(known, table)).to(y.device) for table in tables)
-
-    @torch.no_grad()
-    def to_pixels(self, x):
-        x = torch.cat([self.vae.decode(v[None] / self.vae.config.scaling_factor).sample for v in x])
-        return common.to_uint8(x)
-
-
-LORA = ("to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,"
-        "downsamplers.0.conv,upsamplers.0.conv,time_emb_proj").split(",")
-
-
-class SDXL(torch.nn.Module):
-    """eps = net(z_t, t, y) of the frozen U-Net of --pretrained: the student with its LoRA, or the teacher
-    without, which shares all but a flag. The weights that it saves are the LoRA's."""
-
-    def __init__(self, cfg, data, unet=None):
-        super().__init__()
-        from diffusers import UNet2DConditionModel
-        from peft import LoraConfig
-        self.cfg, self.data, self.adapted = cfg, data, unet is not None
-        self.options = dict(shape=data.shape, classes=data.classes)
-        self.half = common.DTYPES[cfg.dtype]
-        if unet is None:
-            part = dict(subfolder="unet", torch_dtype=self.half)
-            unet = UNet2DConditionModel.from_pretrained(cfg.pretrained, **part)
-            unet.requires_grad_(False).enable_gradient_checkpointing()
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(cfg.seed)
-                unet.add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_rank, target_modules=LORA))
-            for p in unet.parameters():
-                p.data = p.data.float() if p.requires_grad else p.data
-        self.unet = unet
-
-    def student(self):
-        return SDXL(self.cfg, self.data, self.unet).train()
-
-    def forward(self, z_t, t, y):
-        if self.cfg.micro and len(z_t) > self.cfg.micro:  # sampling takes no more at once than training
-            parts = zip(*(v.split(self.cfg.micro) for v in (z_t, t, y)))
-            return torch.cat([self(*part) for part in parts])
-        prompts, pooled = self.data.condition(y)
-        size = torch.tensor([self.cfg.image_size, self.cfg.image_size, 0, 0] + [self.cfg.image_size] * 2)
-        added = dict(text_embeds=pooled, time_ids=size.to(z_t).expand(len(z_t), 6))
-        added = added if pooled.numel() else None  # SD 1.5 takes none
-        self.unet.enable_adapters() if self.adapted else self.unet.disable_adapters()
-        with torch.autocast(z_t.device.type, self.half, enabled=self.half != torch.float32):
-            eps = self.unet(z_t, t, prompts, added_cond_kwargs=added).sample
-        self.unet.enable_adapters()
-        return eps.float()
-
-    def state_dict(self, **kw):
-        from peft import get_peft_model_state_dict
-        return get_peft_model_state_dict(self.unet)
-
-    def load_state_dict(self, state):
-        from peft import set_peft_model_state_dict
-        set_peft_model_state_dict(self.unet, state)
-
-    def __deepcopy__(self, memo):
-        """A copy with its own LoRA on the same frozen weights."""
-        memo |= {id(p): p for p in self.unet.parameters() if not p.requires_grad}
-        return SDXL(self.cfg, self.data, copy.deepcopy(self.unet, memo))
+@torch.no_grad()
+def solution(teacher, noise, y, cfg):
+    """The solver's x_0 from noise ~ N(0, sigma_d^2 I) (B, ...) at label 1000, under guidance."""
+    top = torch.full(noise.shape[:1], 1000, device=noise.device)
+    return solve(teacher, noise / cfg.sigma_d, top, torch.zeros_like(top), y, cfg)
 
 
 @torch.no_grad()
 def compare(cfg, paths):
     """The paper's Table 1 in small: E (Eq. 6; root mean square per element, where the paper has the mean
     square), and quality. Quality is the energy distance of points, or the Frechet distance of pixels, to the
-    teacher's own samples from other noise. For SDXL there is E alone, between latents."""
+    teacher's own samples. For text to image there is E alone, between latents; eval.py has the rest.
+
+    The teacher's samples start from other noise. From the same noise, as in the paper, whoever solves the ODE
+    would have distance 0 to them, whatever they look like."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = Captions(cfg, device) if cfg.pretrained else common.dataset(cfg, device)
-    teacher = (SDXL(cfg, data) if cfg.pretrained else common.load_teacher(cfg, data, device)).to(device)
-    n = 16 if cfg.pretrained else 1000 if len(data.shape) > 1 else 5000
+    data = common.dataset(cfg, device)
+    teacher, text = common.load_teacher(cfg, data, device), cfg.dataset == "text"
+    n = 16 if text else 1000 if len(data.shape) > 1 else 5000
     shape = SimpleNamespace(options=dict(shape=data.shape, classes=data.classes if cfg.conditional else 0))
 
     def start(seed):  # noise, labels, and the numbers that follow
         return common.noise_and_labels(cfg, shape, 0, n, seed, device)
-
-    def solution(noise, y, gen):
-        top = torch.full((n,), 1000, device=device)
-        return solve(teacher, noise / cfg.sigma_d, top, torch.zeros_like(top), y, cfg)
-    solved, reference = solution(*start(12345)), None if cfg.pretrained else solution(*start(54321))
+    noise, y, _ = start(12345)
+    solved = solution(teacher, noise, y, cfg)
+    reference = None if text else solution(teacher, *start(54321)[:2], cfg)
     print(f"| {cfg.solver}, N = {cfg.intervals}, w = {cfg.guidance:g} | E | 1 step | 2 steps | 4 steps |")
     print("| --- " * 5 + "|")
 
     def quality(*samples):
-        return " | ".join("" if cfg.pretrained else f"{common.distance(x, reference):.5f}" for x in samples)
+        return " | ".join("" if text else f"{common.distance(x, reference):.5f}" for x in samples)
     for path in paths:
-        if cfg.pretrained:
-            net = teacher.student().eval()
-            net.load_state_dict(common.read_checkpoint(path)["ema"])
-        else:
-            net = common.load_net(path).to(device)
+        net = common.load_net(path, data).to(device)
         noise, y, gen = start(12345)  # the same for every student, and for the solver
         x = [sample(net, noise, y, nfe, cfg, gen) for nfe in (1, 2, 4)]
         print(f"| {Path(path).name} | {common.rms(x[0], solved):.4f} | {quality(*x)} |")
     print(f"| solver, {cfg.intervals} steps | 0 | {quality(solved)} | | |")
 
 
-def export(path):
-    """Write pytorch_lora_weights.safetensors, as StableDiffusionXLPipeline.load_lora_weights reads it."""
-    from diffusers import StableDiffusionXLPipeline
-    StableDiffusionXLPipeline.save_lora_weights(path, unet_lora_layers=common.read_checkpoint(path)["ema"])
-    print(f"wrote {path}/pytorch_lora_weights.safetensors")
-
-
-def painter(cfg, prompts):
-    """draw(nfe, lo, hi) -> uint8 images (n, 3, H, W) of the prompts lo..hi, each with a seed of its own.
-
-    Draws with the run's LoRA in diffusers' own pipeline and LCMScheduler, whose labels are one below those of
-    training (999, 749, .. for 1000, 750, ..), as in every SDXL sampler."""
-    from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler
-    half = common.DTYPES[cfg.dtype]
-    vae = dict(vae=AutoencoderKL.from_pretrained(cfg.vae, torch_dtype=half)) if cfg.vae else {}
-    pipe = DiffusionPipeline.from_pretrained(cfg.pretrained, torch_dtype=half, **vae)
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=cfg.intervals)
-    pipe.load_lora_weights(cfg.out, weight_name="pytorch_lora_weights.safetensors")
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-
-    def draw(nfe, lo, hi):
-        seeds = [torch.Generator().manual_seed(cfg.seed + i) for i in range(lo, hi)]
-        images = pipe(prompts[lo:hi], num_inference_steps=nfe, guidance_scale=0.0, width=cfg.image_size,
-                      height=cfg.image_size, output_type="pt", generator=seeds).images
-        return (images * 255).round().to(torch.uint8).cpu(), None, None
-    return draw
-
-
 # ---------------------------------------------------------------------------------------------------- main
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     words = ["--mode" if word == "--loss" else word for word in words]  # the paper's code calls it so
-    words = ["--dataset", "sdxl"] * any(word.startswith("--pretrained") for word in words) + words
     cfg = common.parse_args(Config, PRESETS, LOSSES | {"both": None}, words)
     if 1000 % cfg.intervals:
         common.fail(f"--intervals must divide 1000, and {cfg.intervals} does not")
@@ -444,24 +291,13 @@ def main(argv=None):
         common.fail("--guidance guides a class-conditional teacher: add --conditional, or leave it at 1")
     if cfg.nfe > cfg.intervals or cfg.intervals < 4 and not cfg.sample:
         common.fail(f"--intervals {cfg.intervals} are too few: a sample takes at most one step for each")
-    if cfg.prompt and cfg.save.endswith(".npz"):
-        common.fail("--prompt writes pictures: --save takes a .png file")
     if cfg.hops and cfg.mode != "cm":
         common.fail("--hops goes with --mode cm")
-    if cfg.dataset == "sdxl" and not (cfg.pretrained and (cfg.data or cfg.sample)):
-        common.fail("--dataset sdxl needs --pretrained PATH_OR_HUB_ID and --data FOLDER")
-    if cfg.dry_run and cfg.pretrained:
-        common.fail("--dry_run knows no SDXL")
-    if cfg.sample and cfg.pretrained:
-        prompts = [cfg.prompt or common.fail("--sample of an SDXL run needs --prompt TEXT")] * cfg.sample
-        images, path = painter(cfg, prompts)(cfg.nfe, 0, cfg.sample)[0], cfg.save or f"{cfg.out}/samples.png"
-        common.panels({f"{cfg.nfe} NFE": images}, path)
-        print(f"wrote {path}")
-    elif cfg.sample:
+    if cfg.sample:
         common.write_samples(cfg, sample)
     elif cfg.dry_run:
         common.dry_run(cfg)
-    elif not cfg.teacher and not cfg.pretrained:
+    elif not cfg.teacher and cfg.dataset != "text":
         common.fail("the students distill a teacher: give --teacher RUN (or exact, for gmm)")
     else:
         train_and_compare(cfg)
@@ -472,15 +308,10 @@ def train_and_compare(cfg):
     runs = {f"{cfg.out}/{mode}": mode for mode in LOSSES} if cfg.mode == "both" else {cfg.out: cfg.mode}
     if len(runs) > 1 and not cfg.overwrite and any(Path(path, "ckpt.pt").exists() for path in runs):
         common.fail(f"{cfg.out} holds students already: --overwrite both, or --resume --out {cfg.out}/cm")
-    try:
-        for path, mode in runs.items():
-            train(replace(cfg, mode=mode, out=path))
-            if cfg.pretrained and common.RANK == 0:
-                export(path)
-        if common.RANK == 0:
-            compare(cfg, list(runs))
-    except torch.OutOfMemoryError:
-        common.fail("not enough GPU memory: lower --micro or --image_size, or use --dtype fp16")
+    for path, mode in runs.items():
+        train(replace(cfg, mode=mode, out=path))
+    if common.RANK == 0:
+        compare(cfg, list(runs))
 
 
 if __name__ == "__main__":

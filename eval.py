@@ -6,11 +6,13 @@ An .npz of samples in ADM's layout may stand for a run, too; --write writes one 
 guided-diffusion's evaluator and dgm-eval read. Prints a Markdown table and writes eval.json and eval.png.
 
     python eval.py --toy 3000           trains every mode of every script on the 2-D ring, and compares them
+    python eval.py out/sdxl --prompts FILE --reference teacher      against the teacher's images, and with E
 
 points  energy_distance     V-statistic between n samples and n fresh points: biased, above 0 even for data
         sliced_wasserstein  root mean square W_2 over 128 directions, n samples and n fresh points: biased
         mode_shares         share of the samples within 4 standard deviations of each mode
-        ode_error           RMS per element between samples and the exact solution from the same noise
+        ode_error           RMS per element between samples and the exact solution from the same noise; of
+                            images (latents) the teacher's, with --reference teacher
         exact_ode           the energy distance of that solution, below which no student is to come
 images  frechet_distance    n samples, all reference images, covariances over n - 1: biased, falls with n;
                             the FID with --features inception and n = 50,000 (which resizes to 299 itself)
@@ -25,6 +27,7 @@ from common import RANK, WORLD, fail, reading
 
 import argparse
 import concurrent.futures
+import functools
 import hashlib
 import importlib
 import json
@@ -46,18 +49,21 @@ INCEPTION = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/
 AESTHETIC = ("https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
              "sac+logos+ava1-l14-linearMSE.pth")
 KEEP, SHOWN = 10_000, 16  # features that kid, precision and recall compare; images of a run in the picture
+TEACHING = ("teacher", "pretrained", "solver", "intervals", "guidance", "sigma_d")  # decide about a solution
 TOY = dict(scm=("diffusion", "scd", "sct", "dscd"), cm=("cd", "ct", "ict", "ctcd", "ctct"),
            sct=("ect", "sct"), multistep_cm=("cd", "ct", "pd"), direct_cm=("cm", "direct"))
 
 
 # ------------------------------------------------------------------------------------------------- samples
 def open_run(path, prompts, device):
-    """A run folder, checkpoint or .npz as (its columns of the table, cfg, draw(nfe, lo, hi) -> x, noise, y).
+    """A run folder, checkpoint or .npz as (its columns of the table, cfg, draw(nfe, lo, hi) -> x, x0, noise,
+    y).
 
-    x is (B, D) or uint8 (B, 3, H, W); noise is None where there is no exact solution to compare with."""
+    x is (B, D) or uint8 (B, 3, H, W), x0 the sample behind it. Of nfe "teacher", they are the teacher's own:
+    by the script's solver if it has one, else by 35 network evaluations of Heun's. A file has x alone."""
     if str(path).endswith(".npz"):
         x = torch.from_numpy(adm_samples(read_npz(path), path))
-        return dict(run=str(path), n=len(x)), None, lambda nfe, lo, hi: (x[lo:hi], None, None)
+        return dict(run=str(path), n=len(x)), None, lambda nfe, lo, hi: (x[lo:hi], None, None, None)
     ckpt = common.read_checkpoint(path)
     name = str(ckpt["script"])  # a script beside this file, and nothing else, may be imported
     if not re.fullmatch(r"\w+", name) or not Path(__file__).with_name(name + ".py").exists():
@@ -66,16 +72,26 @@ def open_run(path, prompts, device):
     cfg = common.make_config(script.Config, ckpt["config"])
     columns = dict(run=str(path), method=name, mode=cfg.mode, samples_seen=ckpt["step"] * cfg.batch,
                    seconds=round(ckpt["seconds"]))
-    if getattr(cfg, "pretrained", ""):
-        prompts = prompts or fail(f"{path} draws from text: give --prompts FILE")
-        return columns, cfg, script.painter(cfg, prompts)
     net = common.load_net(path).to(device)
+    text = cfg.dataset == "text"
+    if text:
+        net.read(prompts or fail(f"{path} draws from text: give --prompts FILE"))
+
+    @functools.cache
+    def teacher():
+        known = SimpleNamespace(**net.options, teacher=net.sibling(adapted=False) if text else None)
+        return common.load_teacher(cfg, known, device) or fail(f"{path} has no --teacher")
+
+    def solution(noise, y):
+        if hasattr(script, "solution"):
+            return script.solution(teacher(), noise, y, cfg)
+        return common.solve(teacher(), noise, common.ode_times(18, cfg.sigma_d), y, cfg.sigma_d)
 
     def draw(nfe, lo, hi):
         noise, y, gen = common.noise_and_labels(cfg, net, lo, hi, 0, device)
-        x = script.sample(net, noise, y, nfe, cfg, gen)
-        x = x if x.ndim == 2 else common.to_pixels(x, cfg)
-        return x.cpu(), noise.cpu(), None if y is None else y.cpu()
+        x0 = solution(noise, y) if nfe == "teacher" else script.sample(net, noise, y, nfe, cfg, gen)
+        x = x0 if x0.ndim == 2 else common.to_pixels(x0, cfg)
+        return x.cpu(), x0.cpu(), noise.cpu(), None if y is None else y.cpu()
     return columns, cfg, draw
 
 
@@ -293,7 +309,7 @@ def load_reference(args, cfg, features):
             fail("samples and latents need --reference: class folders, a zip, or a file of statistics")
         own = (vars(cfg) if cfg else {}) | dict(image_size=args.image_size or getattr(cfg, "image_size", 0))
         other = dict(dataset="folder", data=path) if path else {}
-        plain = dict(conditional=False, channel_mult=(1,))  # no labels, and no network to fit
+        plain = dict(conditional=False, channel_mult=(1,), flip=False)  # no labels, no network to fit
         images = common.dataset(SimpleNamespace(**own | other | plain)).rows
     if len(images) < 2:
         fail("one reference image has no covariance: give --reference more")
@@ -379,31 +395,43 @@ def evaluate(path, nfes, args, tools, device):
     n, results = min(columns.pop("n", args.samples), len(tools.prompts or range(args.samples))), {}
     if n < 2:
         fail(f"{path}: {n} samples have no spread to measure: at least 2 are needed")
-    for nfe in nfes if cfg else ("",):
+    key, nfes = args.reference or cfg and (cfg.dataset, cfg.data), nfes if cfg else ("",)
+    if args.reference == "teacher":
+        key = tuple(str(getattr(cfg, name, "")) for name in TEACHING)
+        nfes = nfes if key in tools.references else ("teacher", *nfes)
+    key = key, args.image_size or getattr(cfg, "image_size", 0)
+    solved = tools.solved.setdefault(key, {})  # the teacher's x0 of this process, by the first row
+    for nfe in nfes:
         moments, held, seen = Moments(), [], 0
         for lo, hi in rounds(n, args.batch, f"{path}, {nfe} NFE"):
-            x, noise, y = draw(nfe, lo, hi) if lo < hi else (None, None, None)
+            x, x0, noise, y = draw(nfe, lo, hi) if lo < hi else (None, None, None, None)
             image = x is not None and x.ndim == 4
             f, p = tools.features(x) if image else (None, None)
             score = tools.scores(x, tools.prompts[lo:hi]) if image and tools.scores else None
-            x, noise, y, f, p, score = gather(x, noise, y, f, p, score)
+            if nfe == "teacher" and lo < hi:
+                solved[lo] = x0
+            error = (x0 - solved[lo]).double().square().flatten(1).mean(1) if lo in solved and image else None
+            x, noise, y, f, p, score, error = gather(x, noise, y, f, p, score, error)
             if x.ndim == 4:  # of images no more is held than a metric or the picture needs
                 moments.add(f)
                 f, noise = f[:max(KEEP - seen, 0)].clone(), None
                 x = x if args.write else x[:max(SHOWN - seen, 0)].clone()
-            held.append((x, noise, y, f, p, score))
+            held.append((x, noise, y, f, p, score, error))
             seen += args.batch * WORLD
-        x, noise, y, f, p, score = join(held)
+        x, noise, y, f, p, score, error = join(held)
         if args.write and RANK == 0:
             common.write_npz(Path(args.out, f"{title(path, args.runs).replace('/', '-')}-{nfe}nfe.npz"), x, y)
-        size = args.image_size or getattr(cfg, "image_size", 0)
-        key = args.reference or cfg and (cfg.dataset, cfg.data), size
-        if x.ndim == 4 and key not in tools.references:
+        if x.ndim == 2 and nfe == "teacher":
+            fail("--reference teacher is for images: points are compared with fresh data and the exact ODE")
+        if nfe == "teacher":
+            tools.references[key] = Reference(*moments.mean_and_covariance(), f)
+        elif x.ndim == 4 and key not in tools.references:
             tools.references[key] = load_reference(args, cfg, tools.features)
         if RANK:
             continue
-        row = (measure_points(x, noise, y, nfe, cfg) if x.ndim == 2 else
-               measure_images(moments, f, p, tools.references[key]))
+        row = {} if error is None else dict(ode_error=error.mean().sqrt().item())
+        row |= (measure_points(x, noise, y, nfe, cfg) if x.ndim == 2 else {} if nfe == "teacher" else
+                measure_images(moments, f, p, tools.references[key]))
         if score is not None:
             row |= dict(zip(("clip_score", "aesthetic_score"), score.double().mean(0).tolist()))
         picture = common.density(x, 160) if x.ndim == 2 else common.grid(x[:SHOWN], SHOWN)
@@ -483,7 +511,7 @@ def parse_args(argv):
     parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4], help="network evaluations [1 2 4]")
     parser.add_argument("--samples", type=int, default=5000, help="samples of a run [5000]")
     parser.add_argument("--batch", type=int, default=250, help="samples that a process takes at once [250]")
-    parser.add_argument("--reference", help="images or statistics [each run's own data]")
+    parser.add_argument("--reference", help="images, statistics, or teacher [each run's own data]")
     parser.add_argument("--image_size", type=int, default=0, help="size of --reference [the run's]")
     parser.add_argument("--features", default="pixels", help="inception, dinov2, pixels, or a file [pixels]")
     parser.add_argument("--weights", help="file or folder of inception's or dinov2's weights [download]")
@@ -501,7 +529,7 @@ def parse_args(argv):
     if bool(args.runs) == bool(args.toy) or args.toy and WORLD > 1:
         fail("give the run folders to compare, or --toy STEPS (with --jobs, not under torchrun)")
     with reading(f"cannot read --reference {args.reference}"):
-        if args.reference and not Path(args.reference).exists():
+        if args.reference not in (None, "teacher") and not Path(args.reference).exists():
             fail(f"there is no --reference {args.reference}")
     first = Path((args.runs or ["out/toy"])[0])
     args.out = args.out or str(first.parent if first.suffix else first)
@@ -514,7 +542,7 @@ def main(argv=None):
     for path in args.runs:  # so that a typo is found before hours of sampling
         read_npz(path) if path.endswith(".npz") else common.read_checkpoint(path)
     tools = SimpleNamespace(features=feature_network(args.features, args.weights, device), references={},
-                            prompts=read_prompts(args.prompts), scores=None)
+                            solved={}, prompts=read_prompts(args.prompts), scores=None)
     tools.scores = text_scores(args, device) if tools.prompts else None
     if args.toy:
         rows, values, sheet = toy(args, tools)

@@ -7,9 +7,14 @@ diffusion         || sigma_d F(x_t / sigma_d, t) - v_t ||^2,  v_t = cos(t) z - s
 consistency       f(x_t, t) = cos(t) x_t - sin(t) sigma_d F(x_t / sigma_d, t)                      Eq. 5
 tangent           df/dt = -cos(t) (sigma_d F - dx_t/dt) - sin(t) (x_t + sigma_d dF/dt)             Eq. 6
 loss              e^w(t) / D || F - F^- - g ||^2 - w(t),  g = cos(t) df^-/dt, normalized           Eq. 8
+vsd               e^w(t) / D || F - F^- - (F_teacher - F_fake)(x_t) ||^2 - w(t), with F at noise     Fig. 7
 
 F^- is F under stop-gradient. dx_t/dt comes from the teacher (scd) or is v_t, which is right on average (sct).
-One JVP gives dF/dt.
+One JVP gives dF/dt. In vsd, F_fake is a diffusion model of the student's own one-step samples, and x_t is
+such a sample, noised. scd+vsd adds the two losses.
+
+The paper also lists FIDs of sCD in 2 to 16 segments. It says neither where these begin nor what the loss at
+their ends is, so they are absent here; multistep_cm.py has them in discrete time.
 
 Differs from cm.py by: 1) TrigFlow instead of EDM's process; 2) a tangent instead of a pair of times;
 3) a square loss with a learned weight; 4) a network (in common.py) whose derivative in t stays bounded.
@@ -26,7 +31,7 @@ from common import like
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -43,15 +48,21 @@ class Config(common.Config):
     warmup: int = 10000  # steps in which the unstable half of the tangent fades in; 0 is off
     weighting: Literal["adaptive", "none"] = "adaptive"  # learn w(t), or leave it at 0
     mid_t: float = 1.1  # time of the second sampling step, in radians
-    guidance_max: float = 1.0  # scd and dscd: train for all strengths of guidance from 1 to this; 1 is off
+    guidance_max: float = 1.0  # distillation: train for all strengths of guidance from 1 to this; 1 is off
     guidance: float = 1.0  # strength of guidance in sampling; 1 is off
     intervals: int = 1024  # dscd: N, intervals of EDM's grid
+    P_vsd: tuple = (0.4, 2.0)  # vsd: mean and standard deviation of log(sigma) where the scores are compared
+    P_fake: tuple = (-0.8, 1.6)  # vsd: the same where the fake score is trained
 
 
 # ------------------------------------------------------------------------------------------------- PRESETS
+# DEPARTS: paper's double normalization scales and shifts; here it only scales (norm_shift), because the sizes
+# that the paper prints for ImageNet leave no room for the shift
+EDM2 = dict(c_noise="t", double_norm=True, norm_shift=False, dtype="fp16", eps=1e-11, save_every=1000)
 PRESETS = {
     # DEPARTS: paper c = 0.1 and adaptive weighting; here c = 1 and none, because an exact teacher's residual
     # vanishes as t -> 0. The best e^w, its inverse, has no bound there and drowns the large t.
+    # DEPARTS: paper embeds t by frequencies up to 1 (as EDM's); here 10, because the MLP is small
     "gmm": dict(c_noise="t", emb_scale=10.0, warmup=1000, tangent_c=1.0, weighting="none"),
     "shapes": dict(warmup=200),
     "folder": dict(warmup=200),
@@ -60,33 +71,23 @@ PRESETS = {
     ("cifar10", "sct"): dict(dropout=0.2),
     # FID of 1 / 2 steps, S to XL: scd 2.97 / 2.07, 2.79 / 1.89, 2.43 / 1.70, 2.44 / 1.66; sct 3.23 / 2.93,
     # 2.25 / 1.81, 2.08 / 1.57, 2.04 / 1.48; the teachers have 1.70, 1.55, 1.44, 1.38
-    "imagenet64": dict(steps=400_000, lr_ref=35_000, P_std=1.6),
-    ("imagenet64", "diffusion"): dict(lr_warmup=4883, P_mean=-0.8),  # EDM2 warms up over 10 million images
-    ("imagenet64", "sct"): dict(dropout=0.45),
+    "imagenet64": dict(EDM2, steps=400_000, lr_ref=35_000, P_std=1.6),
+    ("imagenet64", "sct"): dict(dropout=0.45, dropout_res=16),
     # FID of 1 / 2 steps, scd: S 3.07 / 2.50 to XXL 2.28 / 1.88. --guidance is 1.5 (S) or 1.3 for one step,
     # 1.4 (S) or 1.2 for two.
-    "imagenet512": dict(steps=200_000, lr_ref=70_000, P_mean=-0.8, P_std=1.6, guidance_max=2.0),
-    ("imagenet512", "diffusion"): dict(lr_warmup=4883, P_mean=-0.4, P_std=1.0, label_dropout=0.1,
-                                       guidance_max=1.0),
+    "imagenet512": dict(EDM2, steps=200_000, lr_ref=70_000, P_mean=-0.8, P_std=1.6, guidance_max=2.0),
+    ("imagenet512", "diffusion"): dict(label_dropout=0.1, guidance_max=1.0),
     ("imagenet512", "sct"): dict(steps=100_000, guidance_max=1.0),
+    ("imagenet512", "scd+vsd"): dict(steps=20_000, warmup=0),  # on top of scd: --init RUN
 }
-SIZES = {  # EDM2's teachers: learning rate, dropout, width of the EMA, training in 2^20 images
-    "imagenet64": dict(S=(1e-2, 0.0, 0.075, 1024), M=(9e-3, 0.1, 0.06, 2048), L=(8e-3, 0.1, 0.04, 1024),
-                       XL=(7e-3, 0.1, 0.04, 640)),
-    "imagenet512": dict(S=(1e-2, 0.0, 0.025, 2048), M=(9e-3, 0.1, 0.03, 2048), L=(8e-3, 0.1, 0.015, 1792),
-                        XL=(7e-3, 0.1, 0.02, 1280), XXL=(6.5e-3, 0.1, 0.015, 896))}
-for name, sizes in SIZES.items():
-    # What sCM changes in EDM2's network: the embedding of t itself, and double normalization.
-    PRESETS[name] |= dict(c_noise="t", double_norm=True, norm_shift=False, dtype="fp16", eps=1e-11,
-                          save_every=1000)
-    for size, (lr, dropout, ema_sigma_rel, images) in sizes.items():
-        PRESETS[name, size] = dict(channels=dict(S=192, M=256, L=320, XL=384, XXL=448)[size], lr=lr / 100,
-                                   checkpointing=size in ("XL", "XXL"))
-        PRESETS[name, size, "diffusion"] = dict(lr=lr, dropout=dropout, ema_sigma_rel=ema_sigma_rel,
-                                                steps=images * 2**20 // 2048)
-        if name == "imagenet512":  # the paper says "25 / 35 %" and "0 / 10 %"; S is given the lower ones here
-            PRESETS[name, size, "sct"] = dict(dropout=0.25 if size == "S" else 0.35)
-            PRESETS[name, size, "scd"] = dict(dropout=0.0 if size == "S" else 0.1)
+for name, sizes in common.EDM2_TEACHERS.items():  # a hundredth of the teachers' learning rates
+    PRESETS |= {(name, size): dict(lr=lr / 100) for size, (lr, *_) in sizes.items()}
+for size in common.EDM2_TEACHERS["imagenet512"]:
+    # DEPARTS: paper says "25 / 35 %" and "0 / 10 %"; here the lower ones for S, the higher for the others
+    low = size == "S"
+    PRESETS["imagenet512", size, "sct"] = dict(dropout=0.25 if low else 0.35, dropout_res=16)
+    PRESETS |= {("imagenet512", size, mode): dict(dropout=0.0 if low else 0.1, dropout_res=16)
+                for mode in ("scd", "dscd", "vsd", "scd+vsd")}
 
 
 # --------------------------------------------------------------------------------- process: times and noise
@@ -181,7 +182,8 @@ def discrete_tangent(target, x_t, t, s, y, guidance, dxdt, step, cfg, gen):
 def normalize(g, t, cfg):
     """g = cos(t) df/dt, normalized (Alg. 1), or with df/dt clipped to [-1, 1] (Sec. 4.2)."""
     # DEPARTS: paper g / (||g|| + c); here the root mean square, so that c means the same at every resolution.
-    # The factor sqrt(D) between the two is absorbed by w(t).
+    # Our c = 0.1 is 0.1 sqrt(D) of the paper's norm, 5.5 on CIFAR-10 and 12.8 on ImageNet-512. The factor
+    # sqrt(D) of the whole is absorbed by w(t).
     rms, cos = like(g.square().flatten(1).mean(1).sqrt(), g), like(t.cos(), g)
     return {"normalize": g / (rms + cfg.tangent_c), "clip": g.clamp(-cos, cos), "raw": g}[cfg.tangent]
 
@@ -227,7 +229,37 @@ def dscd(net, target, teacher, x0, y, step, cfg, gen):
     return match(net, x_t, t, y, guidance, F_minus, g, cfg, gen)
 
 
-LOSSES = {"diffusion": diffusion, "scd": scd, "sct": sct, "dscd": dscd}
+def vsd(net, target, teacher, x0, y, step, cfg, gen):
+    """Variational score distillation (App. C), with one update of the fake score beside each of the student.
+
+    Each of the two losses reaches its own weights alone: the samples are detached for the fake score, and
+    target.fake is called without gradient for the student."""
+    z = cfg.sigma_d * gen.normal(*x0.shape[1:])
+    t_max = torch.full_like(gen.uniform(), math.atan(80 / cfg.sigma_d))
+    guidance = draw_guidance(gen, cfg)
+    gen.same_dropout()
+    F = net(z / cfg.sigma_d, t_max, y, guidance)
+    x = (like(t_max.cos(), z) * z - like(t_max.sin(), z) * cfg.sigma_d * F).detach()  # f(z, t_max)
+    t = times(gen, step, replace(cfg, P_mean=cfg.P_vsd[0], P_std=cfg.P_vsd[1]))
+    x_t, _ = diffuse(x, t, gen, cfg)
+    with torch.no_grad():
+        gap = velocity(teacher, x_t, t, y, guidance, cfg) / cfg.sigma_d
+        gap = gap - target.fake(x_t / cfg.sigma_d, t, y, guidance)
+    student, info = adaptive(F - F.detach() - gap, target.vsd_head(t) if target.vsd_head else 0 * t)
+    t = times(gen, step, replace(cfg, P_mean=cfg.P_fake[0], P_std=cfg.P_fake[1]))
+    x_t, v_t = diffuse(x, t, gen, cfg)
+    F_fake, w = target.fake(x_t / cfg.sigma_d, t, y, guidance, return_w=True)
+    fake, _ = adaptive(F_fake - v_t / cfg.sigma_d, w)
+    return student + fake, dict(vsd=info["mse"], fake=fake.detach())
+
+
+def scd_vsd(*inputs):
+    """Their sum (Fig. 7)."""
+    (a, one), (b, two) = scd(*inputs), vsd(*inputs)
+    return a + b, one | two
+
+
+LOSSES = {"diffusion": diffusion, "scd": scd, "sct": sct, "dscd": dscd, "vsd": vsd, "scd+vsd": scd_vsd}
 
 
 # ------------------------------------------------------------------------------------------------- sampler
@@ -252,14 +284,28 @@ def sample(net, noise, y, nfe, cfg, gen):
 
 
 # --------------------------------------------------------------------------------------------------- train
+def student(cfg, data, device):
+    """The network. For vsd, it also holds the fake score, which starts as the teacher, and the head of vsd's
+    w(t). Whatever takes the network's parameters takes theirs, too."""
+    adaptive = cfg.weighting == "adaptive"
+    options = dict(head=adaptive, guidance=cfg.guidance_max > 1)
+    net = common.network(cfg, data, device, **options | dict(head=adaptive and cfg.mode != "vsd"))
+    net.fake = net.vsd_head = None
+    if "vsd" in cfg.mode:
+        # DEPARTS: an exact teacher is no network, so on the toy the fake score starts from random weights
+        net.fake = common.network(replace(cfg, init=""), data, device, **options)
+        net.vsd_head = copy.deepcopy(net.fake.head)
+    return net
+
+
 def train(cfg):
     run = common.Run(cfg)
     data = common.dataset(cfg, run.device)  # <- method
     teacher = common.load_teacher(cfg, data, run.device)  # <- method
-    options = dict(head=cfg.weighting == "adaptive", guidance=cfg.guidance_max > 1)  # <- method
-    net = common.network(cfg, data, run.device, **options)  # <- method
+    net = student(cfg, data, run.device)  # <- method
     target = net  # <- method: the live network itself is the branch without gradient
     ema = copy.deepcopy(net).eval().requires_grad_(False)
+    ema.fake = ema.vsd_head = None  # <- method: they are of the loss, and have no average
     optimizer = common.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
     state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
@@ -297,14 +343,14 @@ def train(cfg):
 # ---------------------------------------------------------------------------------------------------- main
 def main(argv=None):
     cfg = common.parse_args(Config, PRESETS, LOSSES, argv)
-    if cfg.mode in ("scd", "dscd") and not cfg.teacher:
+    if cfg.mode in ("scd", "dscd", "vsd", "scd+vsd") and not cfg.teacher:
         common.fail(f"--mode {cfg.mode} distills a teacher: give --teacher RUN (or exact, for gmm)")
     able = cfg.conditional and (cfg.guidance_max == 1 if cfg.mode == "diffusion" else
                                 cfg.mode != "sct" and cfg.guidance_max > 1)
     if cfg.guidance_max < 1:
         common.fail(f"--guidance_max must be at least 1, which is off, not {cfg.guidance_max}")
     if (cfg.guidance != 1 or cfg.guidance_max > 1) and not able:
-        common.fail("guidance needs --conditional, and scd or dscd trained with --guidance_max, or diffusion")
+        common.fail("guidance needs --conditional, and a distillation with --guidance_max, or diffusion")
     if cfg.sample:
         common.write_samples(cfg, sample)
     elif cfg.dry_run:

@@ -48,11 +48,13 @@ class Config(common.Config):
     huber: float = 1e-8  # c, width of the pseudo-Huber distance; 1e-8 is all but the norm
     delta: float = 1e-4  # in the weight 1 / (t - s + delta); ECT has 0
     weighting: Literal["gap", "snr"] = "gap"  # 1 / (t - s + delta), or 1 / t^2 + 1 / sigma_d^2
+    uncertainty: bool = False  # diffusion: learn the loss's weight at each t, as EDM2 does
     reference: Literal["batch", "dataset"] = "batch"  # sct averages over the batch, or all of the data
-    class_size: int = 0  # images of a class that sct averages over, drawn anew each step; 0 is all
-    phases: int = 1  # K, segments of the ODE, which is the number of sampling steps, too; 1 is off
-    eta: float = 1.0  # with phases, sampling stops at eta times the edges (Eq. 20); 1 is off
+    class_size: int = 0  # images of a class that sct averages over, new ones each step; 0 is all
+    phases: int = 1  # K, segments of the ODE, and so the number of sampling steps; 1 is off
+    eta: float = 1.0  # with phases: sampling stops at eta times the edges (Eq. 20); 1 is off
     sigmas: tuple = (80.0, 0.821)  # noise levels of the sampler without phases; for more steps, EDM's grid
+    sigma_shift: float = 0.0  # in sampling, c_skip and c_out take the noise level less this
     guidance: float = 1.0  # strength of guidance in sampling; 1 is off
     guide: Literal["weak", "label"] = "weak"  # away from a weaker self, or from no label
 
@@ -70,21 +72,23 @@ PRESETS = {  # DEPARTS: paper names no q, d and delta for SCT, and no edges; tho
     "folder": dict(stage_steps=100),
     # FID of 1 / 2 steps: ect 3.78 / 2.13, sct 3.11 / 2.05, phased 1.95 (4) 1.86 (8); conditional 3.03 / 1.88.
     # With --batch 512 --steps 300000 --ema_halflife 3.5e6: 2.92 / 2.02; conditional 2.88 / 1.87.
+    # Fig. 4 (FID 5.61 for ect, 4.56 for sct over the dataset) has a fixed gap of t / 256:
+    # --steps 16000 --shrink 256 --widening 0 --stage_steps 16000
     "cifar10": dict(batch=128, steps=200_000, lr=1e-4, beta2=0.999, ema_halflife=8.9e5, dropout=0.2,
                     c_noise="log", shrink=2**0.5, stage_steps=12_500),
-    ("cifar10", "ect"): dict(shrink=2.0, stage_steps=25_000, delta=0.0),
+    # The shift is that of ECT's code (ECMPrecond in eval mode); its code for ImageNet has none.
+    ("cifar10", "ect"): dict(shrink=2.0, stage_steps=25_000, delta=0.0, sigma_shift=0.003),
     # FID of 1 / 2 steps: ect S 5.51 / 3.18, M 3.67 / 2.35; sct S 5.10 / 3.05, M 3.30 / 2.13 (with
-    # --batch 1024, 2.42 / 1.55). The paper does not say its reference set. A batch of 128 has hardly
-    # two images of a class, so here it is 256 images of each sample's class.
-    "imagenet64": dict(batch=128, steps=100_000, lr=1e-3, lr_ref=2000, dropout=0.4, emb="fourier",
-                       P_mean=-0.8, P_std=1.6, stage_steps=12_500, huber=0.06, sigmas=(80.0, 1.526),
-                       reference="dataset", class_size=256),
-    ("imagenet64", "M"): dict(channels=256, lr=9e-4, dropout=0.5),
+    # --batch 1024, 2.42 / 1.55)
+    # DEPARTS: paper does not say its reference set; here 256 images of each sample's class
+    "imagenet64": dict(batch=128, steps=100_000, lr_ref=2000, dropout_res=16, emb="fourier", P_mean=-0.8,
+                       P_std=1.6, stage_steps=12_500, huber=0.06, sigmas=(80.0, 1.526), reference="dataset",
+                       class_size=256),
     ("imagenet64", "ect"): dict(shrink=4.0, stage_steps=25_000, weighting="snr"),
-    ("imagenet64", "diffusion"): dict(batch=2048, steps=2**19, lr_warmup=4883, lr_ref=35_000),  # EDM2's
-    ("imagenet64", "S", "diffusion"): dict(lr=1e-2, dropout=0.0, ema_sigma_rel=0.075),
-    ("imagenet64", "M", "diffusion"): dict(lr=9e-3, dropout=0.1, ema_sigma_rel=0.06, steps=2**20),
+    ("imagenet64", "diffusion"): dict(dropout_res=0),
 }
+for size, (lr, *_) in common.EDM2_TEACHERS["imagenet64"].items():  # ECT's rates, a tenth of the teachers'
+    PRESETS["imagenet64", size] = dict(lr=lr / 10, dropout=0.4 if size == "S" else 0.5)
 
 
 # --------------------------------------------------------------------------------- process: times and noise
@@ -121,29 +125,33 @@ def ode_step(x_star, x_t, t, s):
 
 
 # ----------------------------------------------------------------------------------- consistency function f
-def f(net, x_t, t, y, cfg, edge=None):
+def f(net, x_t, t, y, cfg, edge=None, shift=0.0, return_w=False):
     """D in EDM's preconditioning; with an edge (B,), the point of the ODE there (Eq. 16), so f(x, edge) = x.
+    With return_w also the weighting head's w(t). `shift` is that of ECT's sampler.
 
     The network sees unit variance and TrigFlow's angle, and its F has the other sign (see common.py)."""
     sd = cfg.sigma_d
-    F = -net(like((t**2 + sd**2).rsqrt(), x_t) * x_t, torch.atan(t / sd), y)
-    c_skip = sd**2 / (t**2 + sd**2)
-    c_out = t * sd * (t**2 + sd**2).rsqrt()
-    D = like(c_skip, x_t) * x_t + like(c_out, x_t) * F
-    if edge is None:
-        return D
-    return D + like(edge / t.clamp(min=1e-9), x_t) * (x_t - D)
+    inputs = like((t**2 + sd**2).rsqrt(), x_t) * x_t, torch.atan(t / sd), y
+    F, w = net(*inputs, return_w=True) if return_w else (net(*inputs), None)
+    c_skip = sd**2 / ((t - shift) ** 2 + sd**2)
+    c_out = (t - shift) * sd * (t**2 + sd**2).rsqrt()
+    D = like(c_skip, x_t) * x_t - like(c_out, x_t) * F
+    if edge is not None:
+        D = D + like(edge / t.clamp(min=1e-9), x_t) * (x_t - D)
+    return (D, w) if return_w else D
 
 
 # ---------------------------------------------------------------------------------------------------- loss
 def diffusion(net, target, data, x0, y, step, cfg, gen):
-    """EDM's loss: log-normal t, and the weight that gives F's target unit variance."""
+    """EDM's loss: log-normal t, and the weight that gives F's target unit variance. With --uncertainty,
+    EDM2's learned e^w on top of it."""
     t, _, _ = times(gen, step, cfg)
     x_t = x0 + like(t, x0) * gen.normal(*x0.shape[1:])
     gen.same_dropout()
     weight = (t**2 + cfg.sigma_d**2) / (t * cfg.sigma_d) ** 2
-    mse = (f(net, x_t, t, y, cfg) - x0).square().flatten(1).mean(1)
-    return (weight * mse).mean(), {}
+    D, w = f(net, x_t, t, y, cfg, return_w=True)
+    mse = (D - x0).square().flatten(1).mean(1)
+    return (w.exp() * weight * mse - w).mean(), {}
 
 
 def reference(data, x0, y, step, cfg):
@@ -265,7 +273,8 @@ def sample(net, noise, y, nfe, cfg, gen):
     for i, (sigma, stop) in enumerate(zip(sigmas, stops)):
         if i and cfg.phases == 1:
             x = x + sigma * gen.normal(*x.shape[1:])
-        x = f(net, x, noise.new_full(noise.shape[:1], sigma, dtype=torch.float64), y, cfg, stop)
+        t = noise.new_full(noise.shape[:1], sigma, dtype=torch.float64)
+        x = f(net, x, t, y, cfg, stop, cfg.sigma_shift)
     return x
 
 
@@ -274,7 +283,7 @@ def train(cfg):
     run = common.Run(cfg)
     data = common.dataset(cfg, run.device)  # <- method
     teacher = data  # <- method: no teacher, but the samples that targets are averaged over
-    net = common.network(cfg, data, run.device, head=False)  # <- method
+    net = common.network(cfg, data, run.device, head=cfg.uncertainty)  # <- method
     target = net  # <- method: the live network itself is the branch without gradient
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     # <- method: the average at half of training. The tuple keeps nn.Module from registering it.
@@ -333,6 +342,8 @@ def main(argv=None):
         common.fail("--shrink must be above 1, because t - s shrinks by it, and --huber above 0")
     if cfg.class_size and (cfg.reference != "dataset" or cfg.dataset == "gmm"):
         common.fail("--class_size goes with --reference dataset, on images")
+    if cfg.flip and cfg.reference == "dataset":
+        common.fail("--reference dataset has the images as they are: no --flip")
     if cfg.guidance != 1 and cfg.guide == "label" and not (cfg.conditional and cfg.label_dropout):
         common.fail("--guide label needs a run with --conditional and --label_dropout")
     if cfg.sample:

@@ -1,10 +1,13 @@
 """cm.py: the curricula, the boundary, the discrete and continuous losses, and editing."""
 import cm
 import common
+import sct
 from conftest import preset
 
 import dataclasses
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -130,7 +133,8 @@ def gradient(loss, net):
 
 
 def test_continuous_time_is_the_limit_of_discrete_time(ring):
-    """Gradient of the l2 loss at (t, t - h), over 2h, tends to that of f^T sg(df/dt), first order in h."""
+    """The gradient of the l2 loss at (t, t - h), summed over elements, over 2h, tends to that of f^T
+    sg(df/dt), first order in h."""
     cfg, net, teacher = config(mode="ctcd", solver="euler"), toy_net(), ring[2]
     x0 = 0.5 * torch.randn(32, 2, generator=torch.Generator().manual_seed(0)).double()
     limit = gradient(cm.continuous(net, net, teacher, x0, None, 0, cfg, draw(32))[0], net)
@@ -140,7 +144,7 @@ def test_continuous_time_is_the_limit_of_discrete_time(ring):
     for ratio in (1e-2, 1e-3):
         s = t * (1 - ratio) + 0.002 * ratio
         x_s = cm.ode_step(teacher, x_t, t, s, None, cfg)
-        discrete = cm.consistency(net, net, x_t, t, x_s, s, None, cfg, gen, 1 / (2 * (t - s)))[0]
+        discrete = 2 * cm.consistency(net, net, x_t, t, x_s, s, None, cfg, gen, 1 / (2 * (t - s)))[0]  # D = 2
         error.append((gradient(discrete, net) - limit).norm() / limit.norm())
     assert error[1] < 0.15 * error[0] and error[1] < 0.02, error
 
@@ -222,7 +226,7 @@ def images_run(train, folder):
     return str(folder / "a" / "0.png"), str(folder / "b" / "1.png")
 
 
-@pytest.mark.parametrize("name", ["inpaint", "colorize", "superres", "stroke", "denoise", "interpolate"])
+@pytest.mark.parametrize("name", cm.EDITS)
 def test_edits_keep_what_is_known(name, images_run):
     """The known coefficients of the result are the input's; a picture is written."""
     a, b = images_run
@@ -233,9 +237,71 @@ def test_edits_keep_what_is_known(name, images_run):
     columns = cm.edit(common.load_net("run"), cfg)
     mask = cm.read_image("mask.png", (3, 8, 8))
     A, _, known = cm.operator(name, (3, 8, 8), mask)
-    assert torch.allclose(A(columns["result"]) * known, A(columns["input"]) * known, atol=1e-4)
-    if name == "interpolate":  # nine different pictures, each end its own image's
+    if known.any():
+        assert torch.allclose(A(columns["result"]) * known, A(columns["input"]) * known, atol=1e-4)
+    if name in ("interpolate", "blend"):  # nine different pictures; between noises without an input
         assert len(columns["result"]) == 9 and columns["result"].std(0).mean() > 0.01
+        assert ("input" in columns) == (name == "blend")
+
+
+def test_interpolation_is_on_the_sphere(images_run, monkeypatch):
+    """Slerp of two noises at level 80: unit variance all along, and each end is a one-step sample. Editing
+    makes as many network calls as there are levels above 0.002."""
+    seen = []
+    monkeypatch.setattr(cm, "f", lambda net, x_t, t, y, cfg: seen.append((x_t, t)) or x_t.clamp(-1, 1))
+    cfg = common.parse_args(cm.Config, cm.PRESETS, cm.LOSSES, ["--edit", "interpolate", "--out", "run"])
+    net = common.load_net("run")
+    cm.edit(net, cfg)
+    (arc, t), gen = seen.pop(), common.Draw(cfg.seed, 0, 0, 1)
+    ends = torch.cat([80 * gen.normal(3, 8, 8) for _ in range(2)])
+    assert torch.allclose(arc[[0, 8]], ends, atol=1e-4) and set(t.tolist()) == {80.0}
+    norms = arc.flatten(1).norm(dim=1)
+    assert (norms >= norms[[0, 8]].min() - 1e-3).all() and (norms <= norms[[0, 8]].max() + 1e-3).all()
+    words = ["--edit", "colorize", "--input", images_run[0], "--out", "run"]
+    cm.edit(net, common.parse_args(cm.Config, cm.PRESETS, cm.LOSSES, words))
+    assert len(seen) == 39 and seen[-1][1] > 0.002
+
+
+def test_lpips_pools_as_asked(monkeypatch):
+    """`lpips` leaves the package's max pooling, `lpips_avg` has averages in its place; images of 224
+    pixels."""
+    class Package(torch.nn.Module):
+        def __init__(self, **kw):
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Sequential(torch.nn.MaxPool2d(2)))
+
+        def forward(self, a, b):
+            return (self.net(a) - self.net(b)).square().mean((1, 2, 3), keepdim=True)
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=Package))
+    a, b = torch.rand(2, 2, 3, 300, 300).unbind(0)
+    cm.vgg.cache_clear()
+    pools = dict(lpips=torch.nn.functional.max_pool2d, lpips_avg=torch.nn.functional.avg_pool2d)
+    for name, pool in pools.items():
+        expected = (pool(a, 2) - pool(b, 2)).square().mean((1, 2, 3))
+        assert torch.allclose(cm.METRICS[name](a, b), expected)
+        small = cm.METRICS[name](a[..., :32, :32], b[..., :32, :32])
+        big = (torch.nn.functional.interpolate(v[..., :32, :32], 224, mode="bilinear") for v in (a, b))
+        assert torch.allclose(small, cm.METRICS[name](*big))
+    cm.vgg.cache_clear()
+
+
+@pytest.mark.parametrize("script", [cm, sct])
+def test_uncertainty_is_edm2s(script, nets):
+    """Without a head the loss is EDM's; with one it is EDM2's, E[weight / e^u ||D - x||^2 + u] with u =
+    -w."""
+    _, net = nets(head=True)
+    cfg, x0 = preset(script, "folder"), torch.randn(8, 3, 8, 8)
+    loss, _ = script.diffusion(net, None, None, x0, None, 0, cfg, draw(8))
+    gen = draw(8)
+    t = (cfg.P_mean + cfg.P_std * gen.normal(dtype=torch.float64)).exp()
+    x_t = x0 + t.view(-1, 1, 1, 1) * gen.normal(3, 8, 8)
+    D = cm.denoise(net, x_t, t, None, preset(cm, "folder"))
+    mse = (t**2 + 0.25) / (0.5 * t) ** 2 * (D - x0).square().mean((1, 2, 3))
+    u = -net.head(torch.atan(t / 0.5))
+    assert u.abs().max() > 0.01 and loss.item() == pytest.approx((mse / u.exp() + u).mean().item(), rel=1e-5)
+    net.head = None
+    plain, _ = script.diffusion(net, None, None, x0, None, 0, cfg, draw(8))
+    assert plain.item() == pytest.approx(mse.mean().item(), rel=1e-5)
 
 
 def test_search_finds_the_best_of_the_grid(train, capsys):

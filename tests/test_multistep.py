@@ -205,6 +205,25 @@ def test_teacher_variance_is_of_the_unguided_output(ring):
     assert torch.allclose(mcm.ode_step(teacher, z_t, t, s, y, cfg, x0), expected)
 
 
+def test_measured_variance_is_the_posteriors(ring):
+    """With the exact teacher and a share of 1, x_var is the mean over the data of tr Var[x | z_t] / D: for
+    one Gaussian s^2 sigma^2 / (alpha^2 s^2 + sigma^2). It is measured once for each t."""
+    cfg = config(mode="diffusion", solver="addim", x_var_data=True, x_var_frac=1.0)
+    mean, t = torch.zeros(1, 2).double(), torch.full((4,), 0.6).double()
+    one = common.Mixture(cfg, mean, 0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "dataset", lambda cfg, device: one)
+        found = mcm.measured_variance(one, t, cfg, n=50_000)
+        alpha, sigma = (v[0] for v in mcm.alpha_sigma(t, cfg))
+        assert found == pytest.approx((0.09 * sigma**2 / (alpha**2 * 0.09 + sigma**2)).item(), rel=0.02)
+        patch.setattr(common, "dataset", None)
+        assert mcm.measured_variance(one, t[:1], cfg) == found
+        x, s = torch.randn(4, 2).double(), t - 0.1
+    z = torch.randn(4, 2).double()
+    assert torch.allclose(mcm.addim(x, z, found, t, s, cfg),
+                          mcm.addim(x, z, found.expand(4), t, s, cfg))
+
+
 def test_solvers_converge_to_the_ode(ring):
     """The exact teacher's samples near the exact solution with the steps, aDDIM's and DDIM's alike."""
     _, data, teacher = ring

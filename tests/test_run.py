@@ -81,7 +81,7 @@ def base(tmp_path_factory):
     "multistep_cm pd --student_steps 2 --pd_start 4",
     "sct diffusion", "sct ect", "sct sct", "sct sct --reference dataset", "sct sct --phases 2",
     "scm diffusion --dtype bf16", "scm sct --dtype bf16", "scm scd --dtype bf16 --guidance_max 2",
-    "scm dscd --dtype bf16 --guidance_max 2"])
+    "scm dscd --dtype bf16 --guidance_max 2", "scm vsd --guidance_max 2", "scm scd+vsd --dtype bf16"])
 def test_every_mode_trains_on_images(words, train, base):
     """From a short diffusion run, with labels and dropout: finite losses, weights that change, an average
     that trails them. sct.py logs the variance of its averaged target, at most that of a single one."""
@@ -134,7 +134,7 @@ def test_resume_after_kill_is_bit_exact(train):
 
 @pytest.mark.parametrize("words, part", [
     ("cm cd --mu 0.9", "target"), ("cm cd", ""), ("sct sct --stage_steps 2", "weak"),
-    ("direct_cm direct", "")])
+    ("direct_cm direct", ""), ("scm scd+vsd", "")])
 def test_resume_is_bit_exact_in_every_script(words, part, train):
     """Stopped and resumed, all that a checkpoint holds is the unbroken run's: also cm.py's average of mu > 0
     and sct.py's at half of training, which are no copies of the network. (For pd, see test_multistep.py.)"""
@@ -157,10 +157,11 @@ def test_resume_is_bit_exact_in_every_script(words, part, train):
     assert part != "weak" or not same(whole["ema"], whole["weak"])
 
 
-def test_two_processes_and_micro_batches_are_one_run(train, capsys):
+@pytest.mark.parametrize("mode", ["sct", "scd+vsd"])
+def test_two_processes_and_micro_batches_are_one_run(mode, train, capsys):
     """Two gloo processes, and accumulation, take the steps of one process on the global batch. A resume with
     another number of processes says that it is not bit for bit."""
-    words = [*TOY, "--mode", "sct", "--lr_cooldown", "0"]
+    words = [*TOY, "--mode", mode, "--lr_cooldown", "0"]
     one = train(*words, "--steps", 5, "--out", "one")
     accumulated = train(*words, "--steps", 5, "--micro", 32, "--out", "micro")
     printed = finish(torchrun("scm", *words, "--steps", 5, "--out", "two", "--micro", 32))

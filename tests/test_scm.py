@@ -208,6 +208,73 @@ def test_diffusion_loss_is_least_at_the_exact_teacher(ring):
     assert loss(0.0) < min(loss(0.1), loss(-0.1))
 
 
+def student(cfg, teacher):
+    """What scm.py trains in a mode of vsd, small and in float64, every parameter random."""
+    cfg = dataclasses.replace(cfg, mode="scd+vsd", channels=16, blocks=1, teacher="exact")
+    net = scm.student(cfg, teacher, "cpu").double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return cfg, net
+
+
+def test_each_score_is_trained_by_its_own_loss(ring, monkeypatch):
+    """Of vsd's two losses, the student's reaches no weight of the fake score, and the fake score's none of
+    the student. What the average keeps knows of neither the fake score nor its head."""
+    (cfg, net), parts = student(dataclasses.replace(ring[0], weighting="adaptive"), ring[2]), []
+    adaptive = scm.adaptive
+    monkeypatch.setattr(scm, "adaptive", lambda *inputs: parts.append(adaptive(*inputs)) or parts[-1])
+    x0, y = ring[1].batch(draw())
+    total, _ = scm.vsd(net, net, ring[2], x0.double(), y, 0, cfg, draw())
+    names = [name for name, _ in net.named_parameters()]
+    for (loss, _), own in zip(parts, (lambda n: "fake." not in n, lambda n: "fake." in n)):
+        grads = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True)
+        reached = {name for name, g in zip(names, grads) if g is not None and g.abs().max() > 0}
+        assert reached and all(own(name) for name in reached)
+    assert total == parts[0][0] + parts[1][0] and any(name.startswith("vsd_head.") for name in names)
+
+
+def test_vsd_stops_where_the_scores_agree(ring):
+    """With the fake score in the teacher's place, too, the student's gradient is zero; otherwise it is
+    not."""
+    cfg, net = student(ring[0], ring[2])
+    x0, y = ring[1].batch(draw())
+    own = [p for name, p in net.named_parameters() if not name.startswith(("fake.", "head.", "vsd_head."))]
+    for teacher, agree in ((net.fake, True), (ring[2], False)):
+        loss, _ = scm.vsd(net, net, teacher, x0.double(), y, 0, cfg, draw())
+        grads = torch.autograd.grad(loss, own)
+        assert all(g.abs().max() == 0 for g in grads) == agree
+
+
+def test_vsds_fixed_point_is_the_data(ring):
+    """A student x = m + s z, with the exact scores of its samples and of the data, a Gaussian: it ends at the
+    data's mean and standard deviation."""
+    cfg, teacher = ring[0], common.Mixture(ring[0], torch.tensor([[0.4]]).double(), 0.3)
+
+    class Student(torch.nn.Module):
+        vsd_head = None
+
+        def __init__(self):
+            super().__init__()
+            self.m, self.s = (torch.nn.Parameter(torch.tensor(v).double()) for v in (-0.3, 0.8))
+
+        def forward(self, x, t, y, guidance):  # F for which f(x_t, t) is m + s z
+            return (t.cos()[:, None] * x * 0.5 - self.m - self.s * x) / (t.sin()[:, None] * 0.5)
+
+        def fake(self, x, t, y, guidance, return_w=False):
+            F = common.Mixture(cfg, self.m.detach().view(1, 1), self.s.detach() * 0.5)(x, t)
+            return (F, torch.zeros_like(t)) if return_w else F
+    net = Student()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 400)
+        loss, _ = scm.vsd(net, net, teacher, torch.zeros(256, 1).double(), None, step, cfg, draw(256, step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert net.m.item() == pytest.approx(0.4, abs=0.01) and net.s.item() * 0.5 == pytest.approx(0.3, abs=0.01)
+
+
 def test_sampler_with_the_exact_map():
     """If every data point is the same, f is constant, and any number of steps returns it."""
     cfg, point = config(), torch.tensor([0.4, -0.1])

@@ -251,6 +251,21 @@ def test_guidance(nets):
         assert not torch.allclose(f(1.2, guide), f(1.0, guide))
 
 
+def test_ects_shift(nets):
+    """Shift 0 is today's sampler; 0.003 is ECMPrecond's in eval mode: c_skip and c_out of sigma - 0.003, with
+    c_out's denominator and c_in of sigma. Training knows no shift."""
+    net, noise = nets(head=False)[0], torch.randn(6, 2).double()
+    assert config().sigma_shift == 0 and sct.PRESETS["cifar10", "ect"]["sigma_shift"] == 0.003
+    plain, x = (sct.sample(net, noise, None, 1, config(sigma_shift=s), draw(6)) for s in (0.0, 0.003))
+    x_t, sigma = 160 * noise, torch.full((6, 1), 80.0).double()
+    F = -net(x_t / (sigma**2 + 0.25).sqrt(), torch.atan(sigma[:, 0] / 0.5), None)
+    for found, s in ((plain, sigma), (x, sigma - 0.003)):
+        expected = 0.25 / (s**2 + 0.25) * x_t + s * 0.5 / (sigma**2 + 0.25).sqrt() * F
+        assert torch.allclose(found, expected, atol=1e-12)
+    a, b = (sct.ect(net, net, None, noise, None, 0, config(sigma_shift=s), draw(6))[0] for s in (0.0, 0.003))
+    assert a == b and not torch.equal(plain, x)
+
+
 TOY = ["--channels", 16, "--blocks", 1, "--batch", 64, "--lr_cooldown", 0]
 
 

@@ -1,7 +1,8 @@
-"""direct_cm.py on SDXL: a tiny random pipeline of diffusers' own classes, through the same --pretrained."""
+"""Text-to-image pipelines: a tiny random one of diffusers' own classes, through the same --pretrained."""
 import common
 import direct_cm
 import eval as evaluation
+import multistep_cm
 import scm
 from conftest import finish, torchrun
 
@@ -70,7 +71,7 @@ def words(pipeline, captioned):
 
 
 def config(words, *more):
-    flags = ["--dataset", "sdxl", "--mode", "cm", *words, *more]
+    flags = ["--mode", "cm", *words, *more]
     return common.parse_args(direct_cm.Config, direct_cm.PRESETS, direct_cm.LOSSES, flags)
 
 
@@ -78,22 +79,22 @@ def test_both_losses_train_and_diffusers_reads_the_adapters(words, pipeline):
     """LoRA alone is trained and the teacher stays; in a fresh pipeline the file gives the student's eps; and
     a picture is drawn."""
     cfg = config(words)
-    data = direct_cm.Captions(cfg, "cpu")
-    teacher = direct_cm.SDXL(cfg, data)
+    data = common.Captions(cfg, "cpu")
+    teacher = data.teacher
     z, t, y = torch.randn(3, *data.shape), torch.tensor([1000, 500, 10]), torch.tensor([0, 5, -1])
-    before = teacher(z, t, y).detach()
+    before = teacher.eps(z, t - 1, y).detach()
     direct_cm.main([*words, "--mode", "both", "--steps", "2", "--out", "run"])
     for mode in ("cm", "direct"):
         ckpt = common.read_checkpoint(f"run/{mode}")
         assert all("lora" in name for name in ckpt["net"])
         assert any(v.abs().max() > 0 for name, v in ckpt["net"].items() if "lora_B" in name)
-        student = teacher.student()
+        student = teacher.sibling(adapted=True)
         student.load_state_dict(ckpt["net"])
-        eps = student(z, t, y).detach()
-        assert torch.equal(teacher(z, t, y), before) and not torch.allclose(eps, before, atol=1e-3)
+        eps = student.eps(z, t - 1, y).detach()
+        assert torch.equal(teacher.eps(z, t - 1, y), before) and not torch.allclose(eps, before, atol=1e-3)
         pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(pipeline)
         pipe.load_lora_weights(f"run/{mode}", weight_name="pytorch_lora_weights.safetensors")
-        prompts, pooled = data.condition(y)
+        prompts, pooled = (table[y] * (y >= 0).view(3, *[1] * (table.ndim - 1)) for table in teacher.text)
         added = dict(text_embeds=pooled, time_ids=torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(3, 6))
         assert torch.allclose(pipe.unet(z, t, prompts, added_cond_kwargs=added).sample, eps, atol=1e-4)
     direct_cm.main(["--sample", "2", "--prompt", "a disc", "--nfe", "2", "--out", "run/cm"])
@@ -105,10 +106,10 @@ def test_only_the_adapters_learn(words, dtype):
     """One step on the shared U-Net: gradients for LoRA alone, in float32; the teacher's eps stays, the
     student's moves."""
     cfg = config(words, "--dtype", dtype)
-    data = direct_cm.Captions(cfg, "cpu")
-    teacher = direct_cm.SDXL(cfg, data)
-    student, gen = teacher.student(), common.Draw(0, 0, 0, 2)
-    z, t, y = torch.randn(2, *data.shape), torch.tensor([800, 300]), torch.tensor([1, 2])
+    data = common.dataset(cfg)
+    teacher, student = common.load_teacher(cfg, data, "cpu"), common.network(cfg, data)
+    gen, z, t = common.Draw(0, 0, 0, 2), torch.randn(2, *data.shape), torch.tensor([1.4, 0.3])
+    y = torch.tensor([1, 2])
     with torch.no_grad():
         before = teacher(z, t, y), student(z, t, y)
     x0, y0 = data.batch(gen)
@@ -123,38 +124,110 @@ def test_only_the_adapters_learn(words, dtype):
         assert not torch.allclose(student(z, t, y), before[1], atol=1e-3)
 
 
-def test_stable_diffusion_15(pipeline, words):
-    """The same path on a pipeline with one text encoder and no pooled embeddings."""
+@pytest.fixture
+def sd15(pipeline):
+    """Folder of a StableDiffusionPipeline: one text encoder, no pooled embeddings."""
     components = diffusers.StableDiffusionXLPipeline.from_pretrained(pipeline).components
     parts = {name: components[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
     unet = diffusers.UNet2DConditionModel(**SMALL, cross_attention_dim=32)
     pipe = diffusers.StableDiffusionPipeline(unet=unet, safety_checker=None, feature_extractor=None, **parts)
     pipe.save_pretrained("sd15")
-    direct_cm.main([*words, "--pretrained", "sd15", "--mode", "cm", "--steps", "2", "--out", "run"])
+    return "sd15"
+
+
+def test_stable_diffusion_15(sd15, words):
+    """The same path on SD 1.5."""
+    direct_cm.main([*words, "--pretrained", sd15, "--mode", "cm", "--steps", "2", "--out", "run"])
     direct_cm.main(["--sample", "2", "--prompt", "a disc", "--nfe", "2", "--out", "run"])
     assert Image.open("run/samples.png").size[0] > 30
 
 
-def test_unconditional_branch_is_zeros(words):
-    """y = -1: zero prompt and pooled embeddings; the others are the pipeline's own of the caption."""
+def test_the_pipeline_behind_f_is_its_own_eps(words):
+    """predict() through F and angles gives the U-Net's eps at the label itself, as the paper's code calls it,
+    its x_0, and Imagen's guidance; y = -1 has zero embeddings, the others the caption's."""
     cfg = config(words)
-    data = direct_cm.Captions(cfg, "cpu")
-    prompts, pooled = data.condition(torch.tensor([3, -1]))
-    assert prompts[1].abs().max() == pooled[1].abs().max() == 0 and torch.equal(prompts[0], data.prompts[3])
-    net, z = direct_cm.SDXL(cfg, data), torch.randn(2, *data.shape)
-    t, y = torch.tensor([600, 200]), torch.tensor([3, 4])
+    data = common.Captions(cfg, "cpu")
+    net, (prompts, pooled) = data.teacher, data.teacher.text
+    z, t, y = torch.randn(3, *data.shape), torch.tensor([1000, 600, 10]), torch.tensor([3, 4, 9])
+    size = torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(3, 6)
     with torch.no_grad():
-        plain, none = net(z, t, y), net(z, t, torch.full_like(y, -1))
-        x_0, eps = direct_cm.predict(net, z, t, y, cfg, 9.0)
-    assert torch.allclose(eps, none + 9 * (plain - none), atol=1e-4)
-    alpha, sigma = direct_cm.alpha_sigma(t)
-    assert torch.allclose(alpha.view(2, 1, 1, 1) * x_0 + sigma.view(2, 1, 1, 1) * eps, z.double(), atol=1e-4)
+        plain, none = (net.unet(z, t, prompts[y] * k, added_cond_kwargs=dict(
+            text_embeds=pooled[y] * k, time_ids=size)).sample for k in (1, 0))
+        for w in (1.0, 9.0):
+            x_0, eps = direct_cm.predict(net, z, t, y, cfg, w)
+            expected = none + w * (plain - none)
+            alpha, sigma = (v.view(3, 1, 1, 1) for v in direct_cm.alpha_sigma(t))
+            assert torch.allclose(eps.float(), expected, atol=1e-4 * w, rtol=1e-4)
+            assert torch.allclose(x_0.double(), (z - sigma * expected) / alpha, atol=1e-3 * w, rtol=1e-4)
+
+
+def test_table_of_teacher_and_student(words, tmp_path):
+    """eval.py --reference teacher: a student with untrained adapters and one solver step is the teacher, so E
+    and the distance are 0; with more steps they are not."""
+    (tmp_path / "prompts.txt").write_text("a disc\na square\na pentagon\n")
+    flags = ["run", "--prompts", "prompts.txt", "--reference", "teacher", "--clip", "none"]
+    direct_cm.main([*words, "--out", "run", "--mode", "cm", "--steps", "1", "--lr", "0", "--guidance", "1"])
+    ckpt = torch.load("run/ckpt.pt", weights_only=True)
+    rows = {}
+    for intervals in (1, 4):
+        torch.save(ckpt | dict(config=ckpt["config"] | dict(intervals=intervals)), "run/ckpt.pt")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluation, "text_scores", lambda args, device: None)
+            evaluation.main([*flags, "--nfe", "1", "--batch", "2"])
+        rows[intervals] = json.loads(Path("run/eval.json").read_text())
+    assert [row["nfe"] for row in rows[1]] == ["teacher", 1] and rows[4][0]["ode_error"] == 0
+    assert rows[1][1]["ode_error"] < 1e-4 and rows[1][1]["frechet_distance"] < 1e-6
+    assert rows[4][1]["ode_error"] > 1e-3 and rows[4][1]["frechet_distance"] > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+def test_multistep_distills_a_pipeline(kind, pipeline, captioned, request):
+    """multistep_cm.py --pretrained: LoRA alone is trained; the run samples by prompt in as many steps as it
+    has segments; guidance is the teacher's."""
+    path = pipeline if kind == "sdxl" else request.getfixturevalue("sd15")
+    multistep_cm.main(["--pretrained", path, "--data", str(captioned), "--image_size", "16", "--batch", "4",
+                       "--micro", "2", "--steps", "2", "--lora_rank", "4", "--student_steps", "4",
+                       "--teacher_steps", "8,8", "--lr", "0.01", "--out", "run"])
+    ckpt = common.read_checkpoint("run")
+    assert ckpt["config"]["guidance"] == 1.5 and all("lora" in name for name in ckpt["net"])
+    assert any(v.abs().max() > 0 for name, v in ckpt["net"].items() if "lora_B" in name)
+    multistep_cm.main(["--sample", "2", "--prompt", "a disc", "--nfe", "4", "--out", "run"])
+    assert Image.open("run/samples.png").size[0] > 30
+
+
+def test_one_segment_of_a_pipeline_is_cm(words):
+    """With one segment, DDIM from s to the data is f^- itself, so the target is the x that leads z_t
+    there."""
+    cfg = common.parse_args(multistep_cm.Config, multistep_cm.PRESETS, multistep_cm.LOSSES, [
+        "--dataset", "text", *words[:6], "--student_steps", "1", "--teacher_steps", "4,4"])
+    data = common.dataset(cfg)
+    net, teacher, gen = common.network(cfg, data), data.teacher, common.Draw(0, 0, 0, 4)
+    x0, y = data.batch(gen)
+    t, s, t_step = multistep_cm.times(gen, 0, cfg)
+    z_t = multistep_cm.noisy(x0, t, gen, cfg)
+    with torch.no_grad():
+        z_s = multistep_cm.ode_step(teacher, z_t, t, s, y, cfg, x0)
+        goal = torch.where((s == 0).view(4, 1, 1, 1), z_s, multistep_cm.f(net, z_s, s, y, cfg))
+        loss, _ = multistep_cm.consistency(net, net, z_t, t, z_s, s, y, cfg, gen, t_step)
+        error = multistep_cm.f(net, z_t, t, y, cfg) - goal
+    assert (t_step == 0).all() and torch.allclose(loss, multistep_cm.weighted(error, t, cfg), rtol=1e-4)
+
+
+def test_dropped_captions_are_no_captions(words):
+    """y = -1, from --label_dropout or None, is the network's output for zero embeddings, whatever stands
+    beside it in the batch."""
+    net = common.dataset(config(words)).teacher
+    x, t = torch.randn(2, *net.options["shape"]), torch.tensor([1.2, 0.4])
+    with torch.no_grad():
+        mixed, none, absent = (net(x, t, y) for y in (torch.tensor([3, -1]), torch.tensor([-1, -1]), None))
+    assert torch.allclose(mixed[1], none[1], atol=1e-5) and torch.equal(none, absent)
+    assert not torch.allclose(mixed[0], none[0], atol=1e-4)
 
 
 def test_resume_and_two_processes(words, train):
     """A stopped and resumed run has the unbroken run's adapters, bit for bit; a run of two processes has them
     to float tolerance."""
-    words = ["--dataset", "sdxl", "--mode", "cm", *words, "--lr", 1e-4]
+    words = ["--mode", "cm", *words, "--lr", 1e-4]
     whole = train(*words, "--steps", 3, "--out", "whole", script=direct_cm)
     train(*words, "--steps", 2, "--out", "parts", script=direct_cm)
     parts = train("--resume", "--steps", 3, "--out", "parts", script=direct_cm)
@@ -169,14 +242,14 @@ def test_resume_and_two_processes(words, train):
 def test_captions_from_tables(captioned):
     """metadata.jsonl and metadata.csv say the same as the .txt files."""
     cfg = direct_cm.Config(data=str(captioned))
-    pairs = direct_cm.read_captions(cfg)
+    pairs = common.read_captions(cfg)
     assert len(pairs) == 10
     rows = [dict(file_name=p.name, text=text) for p, text in pairs]
     lines = [f"{row['file_name']},{row['text']}" for row in rows]
     (captioned / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
-    assert direct_cm.read_captions(cfg) == pairs
+    assert common.read_captions(cfg) == pairs
     (captioned / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert direct_cm.read_captions(cfg) == pairs
+    assert common.read_captions(cfg) == pairs
 
 
 def test_bad_input(words, captioned, capsys, folder):
@@ -188,7 +261,7 @@ def test_bad_input(words, captioned, capsys, folder):
         lines = [line for line in capsys.readouterr().err.splitlines() if ": " in line]
         assert error.value.code == 2 and text in lines[-1], lines
     fails("SDXL pipeline", "--pretrained", str(folder))
-    fails("--pretrained", "--pretrained", "", "--dataset", "sdxl")
+    fails("--pretrained", "--pretrained", "", "--dataset", "text")
     fails("300", "--intervals", "300")
     fails("no checkpoint", "--sample", "2", "--out", "run")
     (captioned / "3.png").write_bytes(b"no image")

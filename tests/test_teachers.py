@@ -2,6 +2,7 @@
 import cm
 import common
 import scm
+import sct
 
 import math
 import pickle
@@ -281,12 +282,26 @@ class EDMPrecond(torch.nn.Module):
     """Only the tree of EDM's parameters: it holds `model`, whose blocks have EDM's names and sizes."""
 
 
-def test_edms_ddpmpp_snapshot_is_the_same_denoiser(train, folder):
-    """EDM's CIFAR-10 networks as published, to float tolerance; and it starts and teaches a student."""
-    torch.manual_seed(0)
+class ECMPrecond(EDMPrecond):
+    """The same by ECT's code."""
+
+
+class ECMLoss:
+    """As in ECT's snapshots: a plain object, which holds a method of its own."""
+    __module__ = "training.loss"
+
+    def __init__(self):
+        self.t_to_r = self.sigmoid
+
+    def sigmoid(self, t):
+        return t
+
+
+def ddpmpp_tree(kind):
+    """A small DDPM++ of a kind of preconditioning, with random weights, and these by their names."""
     ours = common.build(dict(arch="ddpmpp", shape=(3, 8, 8), classes=4, channels=16, channel_mult=(1, 2),
                              blocks=2, attention=(4,), double_norm=False, head=False))
-    top, P = EDMPrecond(), {}
+    top, P = kind(), {}
     top._init_kwargs = dict(img_resolution=8, img_channels=3, label_dim=4, model_type="SongUNet",
                             model_channels=16, channel_mult=[1, 2], num_blocks=2, attn_resolutions=[4],
                             augment_dim=9)
@@ -301,6 +316,38 @@ def test_edms_ddpmpp_snapshot_is_the_same_denoiser(train, folder):
                 node.add_module(part, EDMPrecond())
             node = node._modules[part]
         node.register_parameter(name.split(".")[-1], torch.nn.Parameter(value))
+    return top, P
+
+
+def test_ects_snapshot_is_a_consistency_model(monkeypatch):
+    """As ECT writes it: ECMPrecond, and a loss_fn that names functions, which are never called. It tunes, and
+    it samples with ECT's shift."""
+    torch.manual_seed(0)
+    top, P = ddpmpp_tree(ECMPrecond)
+    monkeypatch.setitem(sys.modules, "training", types.ModuleType("training"))
+    monkeypatch.setitem(sys.modules, "training.loss", types.SimpleNamespace(ECMLoss=ECMLoss))
+    snapshot(top, "ecm.pkl", dict(loss_fn=ECMLoss(), augment_pipe=None))
+    monkeypatch.delitem(sys.modules, "training.loss")
+    raw = Path("ecm.pkl").read_bytes()
+    assert b"getattr" in raw and b"ECMLoss" in raw
+    net, z = common.load_net("ecm.pkl").double(), torch.randn(2, 3, 8, 8)
+    cfg = common.parse_args(sct.Config, sct.PRESETS, sct.LOSSES, ["--sample", "2", "--out", "ecm.pkl"])
+    assert cfg.sigma_shift == 0.003 and cfg.mode == "ect" and cfg.conditional
+    y = torch.tensor([1, 3])
+    with torch.no_grad():
+        x, sigma = sct.sample(net, 0.5 * z.double(), y, 1, cfg, None), torch.full((2,), 80.0).double()
+        D = ddpmpp_denoiser({k: v.double() for k, v in P.items()}, 80 * z.double(), sigma,
+                            tnf.one_hot(y, 4).double())
+    assert torch.allclose(x, D, atol=1e-3) and not torch.allclose(x, D, atol=1e-7)  # but for the shift
+    sct.main(["--sample", "2", "--nfe", "2", "--out", "ecm.pkl", "--save", "x.png"])
+    assert Path("x.png").exists()
+
+
+
+def test_edms_ddpmpp_snapshot_is_the_same_denoiser(train, folder):
+    """EDM's CIFAR-10 networks as published, to float tolerance; and it starts and teaches a student."""
+    torch.manual_seed(0)
+    top, P = ddpmpp_tree(EDMPrecond)
     snapshot(top, "edm.pkl")
     net, sigma = common.load_net("edm.pkl").double(), torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0]).double()
     x = (sigma + 0.5)[:, None, None, None] * torch.randn(5, 3, 8, 8).double()
