@@ -54,7 +54,9 @@ def last_words(kind, error, trace):
         hint = f"; --resume goes on from the checkpoint in {saved}" if saved else ""
         print(f"\nstopped{hint}", file=sys.stderr)
     elif issubclass(kind, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
-        print("\nout of memory: lower --batch, --micro or --channels", file=sys.stderr, flush=True)
+        micro = "Run" in globals() and Run.lower_micro
+        hint = f"--micro {micro}, or --checkpointing" if micro else "lower --batch, --micro or --channels"
+        print(f"\nout of memory: {hint}", file=sys.stderr, flush=True)
         os._exit(2)  # a hook has no other way to choose the exit code
     else:
         sys.__excepthook__(kind, error, trace)
@@ -72,7 +74,9 @@ from torch import nn
 from torch.autograd import forward_ad
 from tqdm import tqdm
 
-# TF32 keeps 10 bits of each factor. Tangents, and differences between neighbours, need float32's 23.
+# TF32 keeps 10 bits of each factor. Tangents, and differences between neighbours, need float32's 23. For the
+# same reason --compile is off unless asked for (fused sums round in another order). cudnn's benchmark mode is
+# off, because the next run may choose another algorithm. channels_last, which EDM2's blocks use, is harmless.
 torch.backends.cudnn.allow_tf32 = False
 
 
@@ -910,7 +914,10 @@ class Stored:
             yield self.x0(order[part], device) if self.converted is None else self.converted[part].to(device)
 
     def x0(self, index, device, gen=None):
-        rows = torch.from_numpy(np.array(self.rows[index])).to(device).float()
+        rows = torch.from_numpy(np.array(self.rows[index]))
+        if torch.device(device).type == "cuda":  # from pinned memory the host need not wait for the copy
+            rows = rows.pin_memory()
+        rows = rows.to(device, non_blocking=True).float()
         if not self.latent:
             return rows / 127.5 - 1
         mean, std = rows.chunk(2, dim=1)
@@ -987,8 +994,11 @@ def draw_shapes(cfg, count=8000):
 
 
 def image_folder(cfg):
-    """--data, class folders or a zip of images, kept as pixels in data/cache."""
-    root = Path(cfg.data or fail(f"--dataset {cfg.dataset} needs --data PATH: class folders, or a zip"))
+    """--data, or data/DATASET: class folders or a zip of images, kept as pixels in data/cache."""
+    usual = Path("data", cfg.dataset)
+    root = Path(cfg.data or (usual if usual.exists() else usual.with_suffix(".zip")))
+    if not cfg.data and not root.exists():
+        fail(f"--dataset {cfg.dataset} needs --data PATH: class folders, or a zip")
     names, labels, read = list_images(root)
     with reading(f"--data {root}"):
         files = [(n, (root / n if root.is_dir() else root).stat().st_mtime_ns) for n in names]
@@ -1006,11 +1016,15 @@ def image_folder(cfg):
 
 
 def cifar10(cfg):
-    """CIFAR-10's official binary archive, given with --data or downloaded: its 50,000 training images."""
+    """CIFAR-10's training images: --data or data/cifar10, class folders or the official binary archive, which
+    is downloaded if there is neither."""
     url, md5 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
-    path = Path(cfg.data or "data/cifar-10-binary.tar.gz")
+    usual = Path("data/cifar10")
+    path = Path(cfg.data or (usual if usual.exists() else "data/cifar-10-binary.tar.gz"))
     if cfg.image_size not in (0, 32):
         fail("--dataset cifar10 is 32 x 32 pixels; for other sizes unpack it and use --dataset folder")
+    if path.is_dir():
+        return image_folder(argparse.Namespace(**vars(cfg) | dict(data=str(path))))
     if not cfg.data:
         download(url, path, md5)
 
@@ -1210,16 +1224,16 @@ class Config:
     lora_rank: int = 64  # text to image: rank of the adapters that are trained, and their alpha
     first_label: int = 0  # text to image: label of the first noise level; 1 in Direct CM's code
     prompt: str = ""  # text to image: what to --sample
-    out: str = ""  # the run's folder; "" is out/<script>
+    out: str = ""  # the run's folder; "" is out/SCRIPT on the toy, otherwise out/SCRIPT-DATASET-MODE
     image_size: int = 0  # crop and resize images to this many pixels; 0 leaves them as they are
     flip: bool = False  # mirror half of the training images, at random
     conditional: bool = False  # train a class-conditional network
     label_dropout: float = 0.0  # how often a label is dropped in training, for guidance; 0 is off
-    teacher: str = ""  # a run's folder, a checkpoint, or exact (gmm); "" is none
-    init: str = ""  # the run to start from; "" is the teacher if that is a run; none is random weights
+    teacher: str = ""  # a run's folder, a checkpoint, or exact (gmm); "" is out/SCRIPT-DATASET-diffusion
+    init: str = ""  # the run to start from; "" is the teacher, or where it would be; none is random weights
     steps: int = 4000  # optimizer steps
     batch: int = 256  # samples a step, over all processes
-    micro: int = 0  # samples that a process takes at once, accumulating gradients; 0 is all of its share
+    micro: int = 0  # samples that a process takes at once, accumulating gradients; 0 is all that fit on a GPU
     optimizer: Literal["adam", "adamw", "radam"] = "adam"  # adamw has weight decay 0.01
     lr: float = 1e-3  # highest learning rate
     lr_warmup: int = 0  # steps in which the learning rate rises linearly; 0 is off
@@ -1261,6 +1275,10 @@ class Config:
     def needs_steps(self):
         """Whether a schedule depends on the number of steps, so that --resume cannot change it."""
         return self.lr_cooldown > 0
+
+    def distills(self):
+        """Whether the mode needs a teacher; the others may start from one."""
+        return False
 
 
 EDM2_NET = dict(channels=192, channel_mult=(1, 2, 3, 4), blocks=3, attention=(16, 8), c_noise="log",
@@ -1323,17 +1341,19 @@ def preset(presets, dataset, mode="", size=""):
 
 
 def parse_args(Config, presets, modes, argv=None):
-    """Command line -> Config. For each field the last of these counts: the default, the preset, the network
-    of --init or --teacher, the stored run (--resume, --sample), the flag."""
+    """Command line -> Config. For each field the last of these counts: the default, the preset, the usual
+    teacher, the network of --init or --teacher, the stored run (--resume, --sample), the flag."""
     script = Path(inspect.getfile(Config)).stem
     fields = {f.name: f for f in dataclasses.fields(Config)}
     flags, unknown = make_parser(Config, script, modes).parse_known_args(argv)
     flags = vars(flags)
     if unknown:
         fail(f"unknown argument {unknown[0]}; the flags are --{', --'.join(fields)}")
-    flags["out"] = flags.get("out") or f"out/{script}"
     if flags.get("pretrained"):
         flags["dataset"] = "text"
+    names = flags.get("dataset", Config.dataset), flags.get("mode", Config.mode)
+    usual = f"out/{script}" if names == (Config.dataset, Config.mode) else f"out/{script}-{'-'.join(names)}"
+    flags["out"] = flags.get("out") or usual
     stored = {}
     if any(flags.get(name) for name in ("resume", "sample", "edit", "search")):
         ckpt = read_checkpoint(flags["out"])
@@ -1354,12 +1374,35 @@ def parse_args(Config, presets, modes, argv=None):
             known = ", ".join(filter(None, valid)) or "the default"
             fail(f"unknown {name} {choice[name]!r}; the {name}s are {known}")
     values = preset(presets, **choice)
+    if not stored:
+        values |= usual_teacher(script, make_config(Config, values | flags))
     source = init_path(values | flags)
     if source and not stored:
         values |= {k: v for k, v in read_checkpoint(source)["config"].items() if k in FROM_TEACHER}
     cfg = make_config(Config, values | stored | flags)
     check_ranges(cfg, fields)
     return cfg
+
+
+def usual_teacher(script, cfg):
+    """The teacher, or what a mode without one starts from, if no flag and no preset names it: the run in
+    out/SCRIPT-DATASET-diffusion, or in another script's folder of that kind if there is just one."""
+    name = "teacher" if cfg.distills() else "init"
+    if cfg.mode == "diffusion" or cfg.teacher or name == "init" and cfg.init or cfg.dataset == "text":
+        return {}
+    runs = sorted(Path("out").glob(f"*-{cfg.dataset}-diffusion/ckpt.pt"))
+    own = Path(f"out/{script}-{cfg.dataset}-diffusion/ckpt.pt")
+    if own in runs or len(runs) == 1:
+        found = (own if own in runs else runs[0]).parent
+        if RANK == 0 and not cfg.dry_run:
+            print(f"--{name} {found}, as none was given")
+        return {name: str(found)}
+    if name == "teacher":
+        maker = "scm" if script == "direct_cm" else script
+        data = "" if cfg.dataset in ("gmm", "shapes", "cifar10") else " --data PATH"
+        fail(f"--mode {cfg.mode} distills a teacher, and there is none in {own.parent}: make it with "
+             f"python {maker}.py --dataset {cfg.dataset} --mode diffusion{data}, or give --teacher RUN")
+    return {}
 
 
 def make_config(Config, values):
@@ -1586,19 +1629,39 @@ def load_init(net, cfg, data):
 def dry_run(cfg):
     """--dry_run: open and check data and teacher, and build the network without memory (on the device meta).
     Prints its parameters, the FLOPs of a forward pass, and an estimate of the memory that a process needs."""
-    from torch.utils.flop_counter import FlopCounterMode
     if cfg.dataset == "text":
         fail("--dry_run knows no text-to-image pipeline")
     start_processes()
     data = dataset(cfg)
     teacher = load_teacher(cfg, data, "cpu")
     with torch.device("meta"):
-        net = network(dataclasses.replace(cfg, init="none"), data, "meta")
-    own = {p.untyped_storage()._cdata for p in net.parameters()}
-    held = []
-    for n in (1, 2):  # samples; what does not grow with them are weights in other forms
-        x, t = torch.zeros(n, *data.shape, device="meta"), torch.zeros(n, device="meta")
-        y = torch.zeros(n, dtype=torch.int64, device="meta") if net.options["classes"] else None
+        options = network(dataclasses.replace(cfg, init="none"), data, "meta").options
+    parameters, flops, fixed, sample = estimate(options, cfg.checkpointing)
+    copies = 5 + (teacher is not None and not isinstance(teacher, Mixture))  # net, EMA, gradient, Adam's two
+    weights = 4 * copies * parameters + fixed
+    micro = cfg.micro or cfg.batch // WORLD
+    if RANK:
+        return
+    print(f"data       {cfg.dataset}, {data.shape}, {data.classes} classes, sigma_d {cfg.sigma_d}")
+    print(f"network    {parameters / 1e6:.1f} M parameters; {flops / 1e9:.3g} GFLOP for a "
+          "sample's forward pass (backward twice that, JVP twice)")
+    print(f"memory     {weights / 2**30:.2f} GiB for the weights in {copies} copies, and "
+          f"{sample / 2**20:.1f} MiB a sample for its backward pass")
+    print(f"a process  {(weights + micro * sample) / 2**30:.2f} GiB with {micro} samples at once; --micro or "
+          "--checkpointing lower it")
+
+
+def estimate(options, checkpointing):
+    """Of the network with these options: parameters; FLOPs of a sample's forward pass; bytes held for the
+    backward pass, those that do not grow with the batch (weights in other forms) and those of each sample."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"):
+        net = build(options)
+    net.checkpointing = checkpointing
+    own, held = {p.untyped_storage()._cdata for p in net.parameters()}, []
+    for n in (1, 2):
+        x, t = torch.zeros(n, *options["shape"], device="meta"), torch.zeros(n, device="meta")
+        y = torch.zeros(n, dtype=torch.int64, device="meta") if options.get("classes") else None
         kept = {}
 
         def keep(v):
@@ -1608,20 +1671,20 @@ def dry_run(cfg):
         with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(keep, keep):
             net(x, t, y)
         held.append(sum(v.untyped_storage().nbytes() for v in kept.values()))
-    parameters = sum(p.numel() for p in net.parameters())
-    sample = held[1] - held[0]
-    copies = 5 + (teacher is not None and not isinstance(teacher, Mixture))  # net, EMA, gradient, Adam's two
-    weights = 4 * copies * parameters + held[0] - sample
-    micro = cfg.micro or cfg.batch // WORLD
-    if RANK:
-        return
-    print(f"data       {cfg.dataset}, {data.shape}, {data.classes} classes, sigma_d {cfg.sigma_d}")
-    print(f"network    {parameters / 1e6:.1f} M parameters; {flops.get_total_flops() / 2e9:.3g} GFLOP for a "
-          "sample's forward pass (backward twice that, JVP twice)")
-    print(f"memory     {weights / 2**30:.2f} GiB for the weights in {copies} copies, and "
-          f"{sample / 2**20:.1f} MiB a sample for its backward pass")
-    print(f"a process  {(weights + micro * sample) / 2**30:.2f} GiB with {micro} samples at once; --micro or "
-          "--checkpointing lower it")
+    parameters, sample = sum(p.numel() for p in net.parameters()), held[1] - held[0]
+    return parameters, flops.get_total_flops() / 2, held[0] - sample, sample
+
+
+def divisors(n):
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def largest_micro(net, share, free):
+    """The largest divisor of `share` samples for which gradients, Adam, and what a step holds by the estimate
+    take no more than `free` bytes, with a third to spare for a JVP and for fragments; at least 1."""
+    parameters, _, fixed, sample = estimate(net.options, net.checkpointing)
+    left = free - 4 * (3 + (WORLD > 1)) * parameters - fixed
+    return max(n for n in divisors(share) if n == 1 or 1.33 * n * sample <= left)
 
 
 def make_optimizer(net, cfg):
@@ -1691,6 +1754,7 @@ def terminated(*_):
 class Run:
     """The mechanics of one training run: processes, device, output folder, log and checkpoints."""
     saved = ""  # where this process has last written a checkpoint
+    lower_micro = 0  # what to try if memory does not suffice
 
     def __init__(self, cfg):
         self.cfg = cfg
@@ -1711,12 +1775,26 @@ class Run:
         barrier()  # all processes check --out before rank 0 writes to it
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, terminated)
-        share = cfg.batch // WORLD
-        micro = cfg.micro or share
+
+    def split(self, net):
+        """Cut this process's share of a batch into `rows` of --micro samples. On a GPU, 0 becomes as many as
+        fit by the estimate; the run keeps that number, because dropout masks depend on it."""
+        share = self.cfg.batch // WORLD
+        if not self.cfg.micro and self.device.type == "cuda" and "pretrained" not in net.options:
+            free = torch.cuda.mem_get_info(self.device)[0]
+            micro = torch.tensor(largest_micro(net, share, free), device=self.device)
+            if WORLD > 1:
+                dist.all_reduce(micro, dist.ReduceOp.MIN)
+            self.cfg.micro = int(micro)
+            if RANK == 0:
+                print(f"--micro {self.cfg.micro} of {share}, by an estimate for {free / 2**30:.1f} GiB")
+        micro = self.cfg.micro or share
+        Run.lower_micro = max((d for d in divisors(share) if d < micro), default=0)
         self.rows = [(RANK * share + i, RANK * share + i + micro) for i in range(0, share, micro)]
 
     def wrap(self, net):
         """The network that takes gradients, compiled and in DistributedDataParallel as the flags want it."""
+        self.split(net)
         if self.cfg.compile:  # with eager random numbers: the JVP is never compiled and needs the same masks
             net = torch.compile(net, options=dict(fallback_random=True))
         return nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net

@@ -54,6 +54,9 @@ class Config(common.Config):
     P_vsd: tuple = (0.4, 2.0)  # vsd: mean and standard deviation of log(sigma) where the scores are compared
     P_fake: tuple = (-0.8, 1.6)  # vsd: the same where the fake score is trained
 
+    def distills(self):
+        return self.mode in ("scd", "dscd", "vsd", "scd+vsd")
+
 
 # ------------------------------------------------------------------------------------------------- PRESETS
 # DEPARTS: paper's double normalization scales and shifts; here it only scales (norm_shift), because the sizes
@@ -343,8 +346,6 @@ def train(cfg):
 # ---------------------------------------------------------------------------------------------------- main
 def main(argv=None):
     cfg = common.parse_args(Config, PRESETS, LOSSES, argv)
-    if cfg.mode in ("scd", "dscd", "vsd", "scd+vsd") and not cfg.teacher:
-        common.fail(f"--mode {cfg.mode} distills a teacher: give --teacher RUN (or exact, for gmm)")
     able = cfg.conditional and (cfg.guidance_max == 1 if cfg.mode == "diffusion" else
                                 cfg.mode != "sct" and cfg.guidance_max > 1)
     if cfg.guidance_max < 1:

@@ -67,7 +67,8 @@ PRESETS = {  # DEPARTS: paper names no q, d and delta for SCT, and no edges; tho
     # Trains from random weights: in stage 0, s = 0, so the run begins as diffusion.
     # DEPARTS: paper c = 1e-8 and P_mean = -1.1; here a smoother distance and more of the large t, because the
     # targets have little noise.
-    "gmm": dict(teacher="", steps=6000, first_stage=0, shrink=1.4, stage_steps=300, P_mean=0.0, huber=0.03),
+    "gmm": dict(teacher="", init="none", steps=6000, first_stage=0, shrink=1.4, stage_steps=300, P_mean=0.0,
+                huber=0.03),
     "shapes": dict(stage_steps=100),
     "folder": dict(stage_steps=100),
     # FID of 1 / 2 steps: ect 3.78 / 2.13, sct 3.11 / 2.05, phased 1.95 (4) 1.86 (8); conditional 3.03 / 1.88.
@@ -335,7 +336,8 @@ def main(argv=None):
             common.fail(f"{cfg.out} has no average at half of training yet, which --guide weak needs")
     fresh = not (cfg.sample or cfg.resume or cfg.init or common.init_path(vars(cfg)))
     if fresh and cfg.mode != "diffusion" and cfg.dataset != "gmm":
-        common.fail(f"--mode {cfg.mode} tunes a diffusion model: give --init RUN, or none to start anew")
+        common.fail(f"--mode {cfg.mode} tunes a diffusion model: make one with --mode diffusion, or give "
+                    "--init RUN, or none to start anew")
     if not cfg.sigmas or not all(a > b > 0 for a, b in zip((1e6, *cfg.sigmas), cfg.sigmas)):
         common.fail("--sigmas must be noise levels that fall, such as 80,0.821")
     if cfg.shrink <= 1 or cfg.huber == 0:

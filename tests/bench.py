@@ -4,6 +4,7 @@
     python tests/bench.py reference     steps of SCT over the dataset over those of ECT; ImageNet-64's size
     python tests/bench.py direct        Direct CM's target: samples fed only under way, over all fed always
     python tests/bench.py --attention   attention and its tangent, over PyTorch's attention without a tangent
+    python tests/bench.py gpu           everything that a GPU should be asked, in one call (see gpu.py)
 
 The floor counts network passes: a forward pass 1, its backward 2, a JVP 2 (primal and tangent), the teacher
 1. So diffusion = 3, sct = 1 + 2 + 2 = 5, scd = 6. What is compared takes turns, so that a busy machine slows
@@ -194,5 +195,8 @@ def attention():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["gpu"]:
+        import gpu
+        sys.exit(not gpu.main(sys.argv[2:]))
     parts = {"direct": direct, "reference": reference, "--attention": attention}
     parts.get(" ".join(sys.argv[1:]), main)()

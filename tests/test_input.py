@@ -7,6 +7,7 @@ import eval as evaluation
 import multistep_cm
 import scm
 import sct
+from conftest import draw_pictures
 
 import contextlib
 import dataclasses
@@ -122,7 +123,7 @@ CASES = [  # script, words, what the line says
     (scm, ["--lr", "fast"], "--lr"), (scm, ["--lr", "nan"], "--lr"), (scm, ["--lr", "inf"], "--lr"),
     (scm, ["--P_mean", "nan"], "--P_mean"), (scm, ["--tangent_c", "-1"], "--tangent_c"),
     (scm, ["--nfe", "0"], "--nfe must be"), (scm, ["--steps", "0"], "--steps must be"),
-    (scm, ["--batch", "100", "--micro", "32"], "multiple"), (scm, ["--teacher", ""], "--teacher RUN"),
+    (scm, ["--batch", "100", "--micro", "32"], "multiple"), (scm, ["--teacher", ""], "there is none in"),
     (scm, ["--dataset", "shapes", "--teacher", "exact"], "gmm"),
     (scm, ["--save", "x.gif"], ".png or a .npz"), (scm, ["--guidance_max", "2"], "--conditional"),
     (scm, ["--guidance_max", "0.5"], "--guidance_max"), (scm, ["--dropout", "1.5"], "at most"),
@@ -308,3 +309,64 @@ def test_last_words(raised, code, text):
     done = subprocess.run(words, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert done.returncode == code and done.stderr.strip().splitlines()[-1] == text
     assert ("Traceback" in done.stderr) == (code == 1)
+
+
+def test_folders_by_convention(place, capsys, monkeypatch, tmp_path):
+    """out/SCRIPT for the toy's default, out/SCRIPT-DATASET-MODE for the rest; the teacher, or what tuning
+    starts from, is out/SCRIPT-DATASET-diffusion, or the only one of another script. A line says so; without
+    one, the line names the command that makes it. --init none and modes from random weights take none."""
+    def parse(script, *words):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
+        modes = script.LOSSES | ({"both": None} if script is direct_cm else {})
+        return common.parse_args(script.Config, script.PRESETS, modes, list(words))
+    monkeypatch.chdir(tmp_path)
+    assert [parse(s).out for s in (scm, direct_cm)] == ["out/scm", "out/direct_cm"]
+    assert parse(scm, "--mode", "sct").out == "out/scm-gmm-sct"
+    assert parse(multistep_cm, "--dataset", "gmm1d").out == "out/multistep_cm-gmm1d-cd"
+    for script in (scm, direct_cm):
+        with pytest.raises(SystemExit):
+            parse(script, "--dataset", "shapes")
+        assert "python scm.py --dataset shapes --mode diffusion" in capsys.readouterr().err
+    small = ["--channels", "8", "--blocks", "1", "--steps", "1", "--batch", "4", "--image_size", "8"]
+    scm.main(["--dataset", "shapes", "--mode", "diffusion", *small])
+    capsys.readouterr()
+    path = "out/scm-shapes-diffusion"
+    for script, mode, name in ((scm, "scd", "teacher"), (scm, "sct", "init"), (cm, "cd", "teacher"),
+                               (sct, "sct", "init"), (direct_cm, "cm", "teacher")):
+        cfg = parse(script, "--dataset", "shapes", "--mode", mode)
+        assert getattr(cfg, name) == path and cfg.channels == 8
+        assert cfg.out == f"out/{script.__name__}-shapes-{mode}"
+        assert f"--{name} {path}, as none was given" in capsys.readouterr().out
+    assert parse(cm, "--dataset", "shapes", "--mode", "ict").channels == 32
+    assert parse(scm, "--dataset", "shapes", "--mode", "sct", "--init", "none").channels == 32
+    scm.main(["--dataset", "shapes", *small[4:-2]])
+    scm.main(["--sample", "2", "--dataset", "shapes"])
+    assert Path("out/scm-shapes-scd/samples.png").exists()
+
+
+def test_data_by_convention(capsys, tmp_path):
+    """data/imagenet64 and data/cifar10, folders or a zip; what is missing is said."""
+    cfg = cm.Config(dataset="imagenet64", image_size=8)
+    with pytest.raises(SystemExit):
+        common.dataset(cfg)
+    assert "--data PATH" in capsys.readouterr().err
+    draw_pictures(tmp_path / "data" / "imagenet64")
+    assert len(common.dataset(cfg).rows) == 24
+    draw_pictures(tmp_path / "data" / "cifar10", 12)
+    with pytest.raises(SystemExit):
+        common.dataset(cm.Config(dataset="cifar10", image_size=16))
+    assert len(common.dataset(cm.Config(dataset="cifar10")).rows) == 12
+
+
+def test_micro_is_the_largest_that_fits(monkeypatch):
+    """A divisor of the share: all of it in much memory, 1 in too little; between, the estimate fits and the
+    next divisor would not. Lack of memory names the next lower one."""
+    net = common.build(dict(shape=(3, 16, 16), channels=16, blocks=1))
+    parameters, _, fixed, sample = common.estimate(net.options, False)
+    base = 12 * parameters + fixed
+    assert common.largest_micro(net, 96, base + 10**12) == 96 and common.largest_micro(net, 96, 0) == 1
+    assert common.largest_micro(net, 96, base + int(1.33 * 47 * sample)) == 32
+    run = common.Run.__new__(common.Run)
+    run.cfg, run.device = scm.Config(batch=96, micro=24), torch.device("cpu")
+    run.split(net)
+    assert run.rows[1] == (24, 48) and len(run.rows) == 4 and common.Run.lower_micro == 16

@@ -274,5 +274,5 @@ def test_only_pd_has_a_target_of_its_own(train):
 def test_figure():
     """One flag draws the paths of 1, 2 and 4 steps and of the ODE in 1-D."""
     mcm.main(["--figure", *map(str, TOY), "--steps", "2"])
-    picture = Image.open("out/multistep_cm/paths.png")
+    picture = Image.open("out/multistep_cm-gmm1d-cd/paths.png")
     assert picture.width > 900 and len(picture.getcolors(10**6)) > 20

@@ -82,7 +82,8 @@ TABLES = [  # the other papers' tables, and those of their code
 
 
 def config(*words, script=scm):
-    return common.parse_args(script.Config, script.PRESETS, script.LOSSES, [str(w) for w in words])
+    words = [str(w) for w in words] + ["--teacher", "exact"] * ("--teacher" not in words)  # any will do
+    return common.parse_args(script.Config, script.PRESETS, script.LOSSES, words)
 
 
 def network(cfg, *shape, classes=1000, **options):
@@ -431,36 +432,48 @@ def children(pid):
     return [int(word) for task in tasks for word in (task / "children").read_text().split()]
 
 
-def test_the_whole_path_at_tiny_size(folder, vae):
+def test_the_whole_path_at_tiny_size(tmp_path, vae):
     """Pictures -> latents -> diffusion -> scd with guidance -> two-step samples -> pixels -> eval, as on
-    ImageNet-512: the student under torchrun, by two processes, with bfloat16 and accumulation. One process is
-    killed, which ends the job and is said, and --resume goes on."""
-    shared = ["--dataset", "imagenet512", "--vae", "vae", "--dtype", "bf16", "--batch", "16", "--micro", "4",
-              "--save_every", "2", "--log_every", "2"]
+    ImageNet-512 by the README's two lines: torchrun, two processes, folders by convention, with bfloat16 and
+    accumulation. A process is killed in the encoding and one in training, which ends the job and is said. The
+    same line, and --resume, go on."""
+    pictures = draw_pictures(tmp_path / "pictures", 800)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", scm.__file__,
+           "--dataset", "imagenet512"]
+    shared = ["--vae", "vae", "--dtype", "bf16", "--batch", "16", "--micro", "4", "--save_every", "2",
+              "--log_every", "2"]
     small = ["--channels", "16", "--channel_mult", "1,2", "--blocks", "1", "--attention", "4"]
-    scm.main([*shared, *small, "--data", str(folder), "--image_size", "16", "--mode", "diffusion",
-              "--steps", "8", "--out", "teacher"])
-    student = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               scm.__file__, *shared, "--mode", "scd", "--teacher", "teacher", "--out", "student",
-               "--warmup", "10"]
+    teacher = [*run, "--data", str(pictures), "--mode", "diffusion", *shared, *small, "--image_size", "16",
+               "--steps", "4"]
+    job, done = subprocess.Popen(teacher, stderr=subprocess.DEVNULL), Path("data/imagenet512/done.npy")
+    while job.poll() is None and not (done.exists() and done.stat().st_size > 800 and np.load(done).any()):
+        time.sleep(0.002)
+    os.kill(children(job.pid)[-1], signal.SIGKILL)
+    job.wait()
+    assert 0 < np.load(done).sum() < 800 and not Path("out/scm-imagenet512-diffusion/ckpt.pt").exists()
+    finish(teacher)
+    assert np.load(done).all()
+    student = [*run, *shared, "--warmup", "10"]
     job = subprocess.Popen([*student, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
-    log = Path("student/log.jsonl")
+    log = Path("out/scm-imagenet512-scd/log.jsonl")
     while job.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
         time.sleep(0.02)
     os.kill(children(job.pid)[-1], signal.SIGKILL)
     _, text = job.communicate(timeout=60)
     assert job.returncode and "SIGKILL" in text or "-9" in text
-    last = common.read_checkpoint("student")["step"] + 4
-    finish([*student, "--resume", "--steps", str(last)])
-    ckpt = common.read_checkpoint("student")
+    last = common.read_checkpoint(log.parent)["step"] + 4
+    finish([*run, "--resume", "--steps", str(last)])
+    ckpt = common.read_checkpoint(log.parent)
+    assert ckpt["config"]["teacher"] == "out/scm-imagenet512-diffusion"
     assert ckpt["step"] == last and ckpt["options"]["guidance"] and ckpt["options"]["shape"] == (4, 8, 8)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(2, last + 1, 2))
     assert all(np.isfinite(line["loss"]) for line in lines)
-    scm.main("--sample 6 --nfe 2 --guidance 1.5 --out student --save x.npz".split())
+    scm.main("--sample 6 --nfe 2 --guidance 1.5 --dataset imagenet512 --save x.npz".split())
     found = np.load("x.npz")
     assert found["arr_0"].shape == (6, 16, 16, 3) and found["arr_1"].tolist() == [0, 1, 2] * 2
-    evaluation.main(["student", "--nfe", "2", "--samples", "12", "--reference", str(folder), "--out", "e"])
+    evaluation.main([str(log.parent), "--nfe", "2", "--samples", "12", "--reference", str(pictures),
+                     "--out", "e"])
     assert json.loads(Path("e/eval.json").read_text())[0]["frechet_distance"] > 0
 
 

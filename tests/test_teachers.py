@@ -6,6 +6,7 @@ import sct
 
 import math
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -443,3 +444,32 @@ def test_other_diffusers_unets_are_refused_in_one_line(options, lost, word, caps
     with pytest.raises(SystemExit):
         common.Diffusers("other", 0.5)
     assert word in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_readmes_dit_teaches():
+    """The README's class, on a tiny DiT: F is its eps in TrigFlow's coordinates, with labels and without; and
+    scd distills it."""
+    torch.manual_seed(0)
+    net = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
+        sample_size=8, num_embeds_ada_norm=10, norm_num_groups=4).eval()
+    net.save_pretrained("dit/transformer")
+    scheduler = diffusers.DDPMScheduler(1000)
+    scheduler.save_pretrained("dit/scheduler")
+    readme = (Path(common.__file__).parent / "README.md").read_text()
+    code, = re.findall(r"^```python\n(class DiT.*?)^```", readme, re.M | re.S)
+    assert code.count("\n") <= 15
+    names = dict(common=common, torch=torch)
+    exec(code, names)  # our own README
+    teacher = names["DiT"]("dit")
+    step, y, z = torch.tensor([0, 400, 999]), torch.tensor([3, -1, 9]), torch.randn(3, 4, 8, 8)
+    with torch.no_grad():
+        eps = net(z, step, class_labels=torch.tensor([3, 10, 9])).sample[:, :4].double()
+        abar = scheduler.alphas_cumprod[step].double().view(3, 1, 1, 1)
+        x_0 = (z - (1 - abar).sqrt() * eps) / abar.sqrt()
+        F = teacher(z.double(), torch.atan(((1 - abar) / abar).sqrt()).flatten(), y)
+    assert torch.allclose(F, abar.sqrt() * eps - (1 - abar).sqrt() * x_0, atol=1e-3, rtol=1e-3)
+    cfg = scm.Config(sigma_d=1.0, warmup=0)
+    student = common.build(dict(shape=(4, 8, 8), classes=10, channels=8, blocks=1, attention=(), sigma_d=1.0))
+    loss, _ = scm.scd(student, student, teacher, z, y, 0, cfg, common.Draw(0, 0, 0, 3))
+    assert loss.isfinite()
