@@ -282,7 +282,8 @@ def train(cfg):
     run = common.Run(cfg)
     data = common.dataset(cfg, run.device)  # <- method
     teacher = common.load_teacher(cfg, data, run.device)  # <- method
-    net = common.network(cfg, data, run.device, head=cfg.uncertainty)  # <- method
+    head = cfg.uncertainty and cfg.mode == "diffusion"  # <- method
+    net = common.network(cfg, data, run.device, head=head)  # <- method
     target = copy.deepcopy(net) if schedule(0, cfg)[1] else net  # <- method: an average, or the live network
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = common.make_optimizer(net, cfg)
@@ -427,6 +428,8 @@ def main(argv=None):
         common.fail("--points must be at least 2, and --intervals at least --intervals_start")
     if not cfg.sigmas or not all(a > b >= 0.002 for a, b in zip((1e6, *cfg.sigmas), cfg.sigmas)):
         common.fail("--sigmas must be noise levels that fall, none below 0.002, such as 80,1.4")
+    if cfg.metric.startswith("lpips") and cfg.dataset == "gmm":
+        common.fail("--metric lpips compares images, and --dataset gmm has points")
     if cfg.mode == "diffusion" and cfg.search:
         common.fail("--search is for consistency models: a diffusion model has no levels to choose")
     if cfg.edit:

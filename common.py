@@ -738,7 +738,11 @@ def network(cfg, data, device="cpu", **options):
     options go to its constructor; all of them stay with it as net.options. A text-to-image pipeline is the
     teacher with adapters."""
     if cfg.dataset == "text":
-        return data.teacher.sibling(adapted=True).to(device).train()
+        net = data.teacher.sibling(adapted=True).train()
+        if cfg.init not in ("", "none"):
+            with reading(f"--init {cfg.init} has other adapters"):
+                net.load_state_dict(read_checkpoint(cfg.init)["ema"])
+        return net
     options = dict(shape=data.shape, classes=data.classes if cfg.conditional else 0, dropout=cfg.dropout,
                    dropout_res=cfg.dropout_res, dtype=cfg.dtype, **{k: getattr(cfg, k) for k in NET_FIELDS},
                    **options)
@@ -1328,7 +1332,8 @@ RESUMABLE = (*ONE_CALL, "out", "steps", "data", "log_every", "save_every", "samp
 FIXED = ("dataset", "mode", "label_dropout", "phases", "student_steps", "pd_start", "pretrained", "lora_rank",
          "first_label", *FROM_TEACHER)
 AT_LEAST_1 = ("steps", "batch", "nfe", "log_every", "save_every", "sample_every", "channels", "blocks",
-              "intervals", "patch", "intervals_start", "stage_steps", "phases", "student_steps", "pd_start")
+              "intervals", "lora_rank", "patch", "intervals_start", "stage_steps", "phases", "student_steps",
+              "pd_start")
 AT_MOST = dict(dropout=0.99, label_dropout=1, lr_cooldown=1, ema_sigma_rel=0.28, beta2=0.99999,
                seed=2**63 - 1, mu=1)
 
@@ -1351,7 +1356,8 @@ def parse_args(Config, presets, modes, argv=None):
         fail(f"unknown argument {unknown[0]}; the flags are --{', --'.join(fields)}")
     if flags.get("pretrained"):
         flags["dataset"] = "text"
-    names = flags.get("dataset", Config.dataset), flags.get("mode", Config.mode)
+    name = flags.get("dataset", Config.dataset)
+    names = name, flags.get("mode", preset(presets, name).get("mode", Config.mode))
     usual = f"out/{script}" if names == (Config.dataset, Config.mode) else f"out/{script}-{'-'.join(names)}"
     flags["out"] = flags.get("out") or usual
     stored = {}
@@ -1469,6 +1475,8 @@ def check_ranges(cfg, fields):
         fail("--channel_mult takes whole numbers above 0, such as 1,2,2")
     if not cfg.sigma_d:
         fail("--sigma_d must be above 0")
+    if cfg.flip and cfg.dataset in ("gmm", "gmm1d"):
+        fail("--flip mirrors images, and --dataset gmm has points")
     if cfg.batch % (WORLD * (cfg.micro or 1)):
         fail(f"--batch {cfg.batch} must be a multiple of processes x --micro, {WORLD} x {cfg.micro or 1}")
     if cfg.label >= 0 and not (cfg.sample or getattr(cfg, "edit", "")):
@@ -1679,12 +1687,14 @@ def divisors(n):
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def largest_micro(net, share, free):
+def largest_micro(net, share, free, extra=0):
     """The largest divisor of `share` samples for which gradients, Adam, and what a step holds by the estimate
-    take no more than `free` bytes, with a third to spare for a JVP and for fragments; at least 1."""
-    parameters, _, fixed, sample = estimate(net.options, net.checkpointing)
-    left = free - 4 * (3 + (WORLD > 1)) * parameters - fixed
-    return max(n for n in divisors(share) if n == 1 or 1.33 * n * sample <= left)
+    (and `extra` bytes a sample) take no more than `free` bytes; at least 1. Some is spared for a JVP and for
+    fragments, more for a block that --checkpointing computes anew, or for the further graphs of vsd."""
+    _, _, fixed, sample = estimate(net.options, net.checkpointing)
+    left = free - 4 * (3 + (WORLD > 1)) * sum(p.numel() for p in net.parameters()) - fixed
+    margin = (1.8 if net.checkpointing else 1.33) * (3 if getattr(net, "fake", None) else 1)
+    return max(n for n in divisors(share) if n == 1 or n * (margin * sample + extra) <= left)
 
 
 def make_optimizer(net, cfg):
@@ -1763,6 +1773,7 @@ class Run:
         self.skipped = 0
         self.began = time.time()  # moved back by what earlier sittings of a resumed run took
         self.new_log = not cfg.resume
+        self.micro = 0
         self.device = start_processes()
         if RANK == 0:
             self.lock = lock_folder(self.out)
@@ -1777,18 +1788,22 @@ class Run:
             signal.signal(signal.SIGTERM, terminated)
 
     def split(self, net):
-        """Cut this process's share of a batch into `rows` of --micro samples. On a GPU, 0 becomes as many as
-        fit by the estimate; the run keeps that number, because dropout masks depend on it."""
+        """Cut this process's share of a batch into `rows` of --micro samples. On a GPU, 0 means as many as
+        fit by the estimate, or as in the run that is resumed, because dropout masks depend on the number."""
         share = self.cfg.batch // WORLD
-        if not self.cfg.micro and self.device.type == "cuda" and "pretrained" not in net.options:
+        micro = self.cfg.micro or self.micro or share
+        choose = self.device.type == "cuda" and not (self.cfg.micro or self.micro)
+        if choose and "pretrained" not in net.options:
+            torch.cuda.empty_cache()  # what PyTorch only keeps for later is free, too
             free = torch.cuda.mem_get_info(self.device)[0]
-            micro = torch.tensor(largest_micro(net, share, free), device=self.device)
+            extra = 2**26 * getattr(self.cfg, "metric", "").startswith("lpips")  # VGG's activations
+            found = torch.tensor(largest_micro(net, share, free, extra), device=self.device)
             if WORLD > 1:
-                dist.all_reduce(micro, dist.ReduceOp.MIN)
-            self.cfg.micro = int(micro)
+                dist.all_reduce(found, dist.ReduceOp.MIN)
+            micro = int(found)
             if RANK == 0:
-                print(f"--micro {self.cfg.micro} of {share}, by an estimate for {free / 2**30:.1f} GiB")
-        micro = self.cfg.micro or share
+                print(f"--micro {micro} of {share}, by an estimate for {free / 2**30:.1f} GiB")
+        self.micro = micro = max(d for d in divisors(share) if d <= micro)
         Run.lower_micro = max((d for d in divisors(share) if d < micro), default=0)
         self.rows = [(RANK * share + i, RANK * share + i + micro) for i in range(0, share, micro)]
 
@@ -1824,7 +1839,7 @@ class Run:
         with reading(f"{self.out} cannot be resumed: these flags change the network or the optimizer"):
             for name, part in state.items():
                 part.load_state_dict(ckpt[name])
-            self.began = time.time() - ckpt["seconds"]
+            self.began, self.micro = time.time() - ckpt["seconds"], ckpt.get("micro", 0)
         if ckpt.get("world", WORLD) != WORLD and RANK == 0:
             print(f"{self.out} was written by {ckpt['world']} processes and goes on with {WORLD}: data and "
                   "noise are the same, but sums are rounded in another order, so not bit for bit")
@@ -1854,7 +1869,7 @@ class Run:
             self.new_log = False
         ckpt = {name: part.state_dict() for name, part in state.items()}
         ckpt |= dict(script=Path(inspect.getfile(type(self.cfg))).stem, config=vars(self.cfg), step=step,
-                     options=state["net"].options, rng=self.cfg.seed, world=WORLD)
+                     options=state["net"].options, rng=self.cfg.seed, world=WORLD, micro=self.micro)
         ckpt["seconds"] = time.time() - self.began
         atomic_write(self.out / "ckpt.pt", lambda file: torch.save(ckpt, file))
         if self.cfg.dataset == "text":
@@ -2298,6 +2313,8 @@ class TextToImage(Epsilon):
                     pretrained, subfolder="unet", torch_dtype=DTYPES[dtype])
                 unet.requires_grad_(False).enable_gradient_checkpointing()
                 unet.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=LORA))
+        if scheduler.config.prediction_type != "epsilon":
+            fail(f"{pretrained} predicts {scheduler.config.prediction_type}: only epsilon is known")
         super().__init__(scheduler.betas, sigma_d)
         for p in unet.parameters():
             p.data = p.data.float() if p.requires_grad else p.data
@@ -2308,7 +2325,8 @@ class TextToImage(Epsilon):
 
     def sibling(self, adapted, unet=None):
         """The student (adapted) or the teacher on the same U-Net, or on a copy of it."""
-        return TextToImage(**self.options, text=self.text, unet=unet or self.unet, adapted=adapted)
+        twin = TextToImage(**self.options, text=self.text, unet=unet or self.unet, adapted=adapted)
+        return twin.to(self.log_ratio.device)
 
     def __deepcopy__(self, memo):
         """A copy with its own LoRA on the same frozen weights."""
@@ -2373,6 +2391,8 @@ class Captions:
     def __init__(self, cfg, device):
         if not (cfg.pretrained and cfg.data):
             fail("--dataset text needs --pretrained PATH_OR_HUB_ID and --data FOLDER")
+        if cfg.teacher or cfg.flip or not cfg.image_size:
+            fail("--pretrained is the teacher and needs an --image_size: give no --teacher, and no --flip")
         pairs, self.cfg, latents = read_captions(cfg), cfg, []
         text = read_text(cfg.pretrained, [caption for _, caption in pairs], device)
         vae = autoencoder(cfg, device)

@@ -49,7 +49,8 @@ INCEPTION = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/
 AESTHETIC = ("https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
              "sac+logos+ava1-l14-linearMSE.pth")
 KEEP, SHOWN = 10_000, 16  # features that kid, precision and recall compare; images of a run in the picture
-TEACHING = ("teacher", "pretrained", "solver", "intervals", "guidance", "sigma_d")  # decide about a solution
+# What the teacher's own samples depend on.
+TEACHING = ("teacher", "pretrained", "first_label", "solver", "intervals", "guidance", "sigma_d")
 TOY = dict(scm=("diffusion", "scd", "sct", "dscd"), cm=("cd", "ct", "ict", "ctcd", "ctct"),
            sct=("ect", "sct"), multistep_cm=("cd", "ct", "pd"), direct_cm=("cm", "direct"))
 
@@ -79,13 +80,20 @@ def open_run(path, prompts, device):
 
     @functools.cache
     def teacher():
+        if len(net.options["shape"]) == 1:
+            fail("--reference teacher is for images: points are compared with fresh data and the exact ODE")
         known = SimpleNamespace(**net.options, teacher=net.sibling(adapted=False) if text else None)
         return common.load_teacher(cfg, known, device) or fail(f"{path} has no --teacher")
+
+    def guided(x, t, y):
+        w, F = getattr(cfg, "guidance", 1), teacher()(x, t, y)
+        F_uncond = F if w == 1 else teacher()(x, t, torch.full_like(y, -1))
+        return F_uncond + w * (F - F_uncond)
 
     def solution(noise, y):
         if hasattr(script, "solution"):
             return script.solution(teacher(), noise, y, cfg)
-        return common.solve(teacher(), noise, common.ode_times(18, cfg.sigma_d), y, cfg.sigma_d)
+        return common.solve(guided, noise, common.ode_times(18, cfg.sigma_d), y, cfg.sigma_d)
 
     def draw(nfe, lo, hi):
         noise, y, gen = common.noise_and_labels(cfg, net, lo, hi, 0, device)
@@ -309,6 +317,7 @@ def load_reference(args, cfg, features):
             fail("samples and latents need --reference: class folders, a zip, or a file of statistics")
         own = (vars(cfg) if cfg else {}) | dict(image_size=args.image_size or getattr(cfg, "image_size", 0))
         other = dict(dataset="folder", data=path) if path else {}
+        other |= dict(dataset="folder") if own.get("dataset") == "text" else {}
         plain = dict(conditional=False, channel_mult=(1,), flip=False)  # no labels, no network to fit
         images = common.dataset(SimpleNamespace(**own | other | plain)).rows
     if len(images) < 2:
@@ -397,6 +406,8 @@ def evaluate(path, nfes, args, tools, device):
         fail(f"{path}: {n} samples have no spread to measure: at least 2 are needed")
     key, nfes = args.reference or cfg and (cfg.dataset, cfg.data), nfes if cfg else ("",)
     if args.reference == "teacher":
+        if not cfg:
+            fail(f"--reference teacher: {path} holds samples and names no teacher")
         key = tuple(str(getattr(cfg, name, "")) for name in TEACHING)
         nfes = nfes if key in tools.references else ("teacher", *nfes)
     key = key, args.image_size or getattr(cfg, "image_size", 0)
@@ -421,8 +432,6 @@ def evaluate(path, nfes, args, tools, device):
         x, noise, y, f, p, score, error = join(held)
         if args.write and RANK == 0:
             common.write_npz(Path(args.out, f"{title(path, args.runs).replace('/', '-')}-{nfe}nfe.npz"), x, y)
-        if x.ndim == 2 and nfe == "teacher":
-            fail("--reference teacher is for images: points are compared with fresh data and the exact ODE")
         if nfe == "teacher":
             tools.references[key] = Reference(*moments.mean_and_covariance(), f)
         elif x.ndim == 4 and key not in tools.references:

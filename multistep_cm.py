@@ -154,7 +154,8 @@ def measured_variance(net, t, cfg, n=512):
     """x_var_frac times the squared error of the denoiser on n samples of the data at t (B,), which is the
     same for all. It is measured once for each t and stays with the network (Alg. 3, "precompute")."""
     known = vars(net).setdefault("x_var", {})
-    if (key := (float(t[0]), cfg.x_var_frac)) not in known:
+    version = next((p._version for p in net.parameters()), 0)  # an average changes between reports
+    if (key := (float(t[0]), cfg.x_var_frac, version)) not in known:
         draw = common.Draw(cfg.seed, 2**32, 0, n, t.device)
         x0, y = common.dataset(cfg, t.device).batch(draw)
         t = t[:1].expand(n)
@@ -378,6 +379,8 @@ def main(argv=None):
         common.fail("--figure is for --dataset gmm1d and one process")
     if cfg.mode == "pd" and cfg.pd_start / cfg.student_steps not in (2**i for i in range(20)):
         common.fail(f"--pd_start must be --student_steps {cfg.student_steps} times a power of 2")
+    if cfg.x_var_data and not cfg.x_var_frac:
+        common.fail("--x_var_data measures what --x_var_frac is a share of: give one above 0")
     if cfg.guidance != 1 and not cfg.conditional:
         common.fail("--guidance needs --conditional, and a teacher trained with --label_dropout")
     if cfg.solver == "heun" and cfg.mode != "diffusion":

@@ -284,7 +284,8 @@ def train(cfg):
     run = common.Run(cfg)
     data = common.dataset(cfg, run.device)  # <- method
     teacher = data  # <- method: no teacher, but the samples that targets are averaged over
-    net = common.network(cfg, data, run.device, head=cfg.uncertainty)  # <- method
+    head = cfg.uncertainty and cfg.mode == "diffusion"  # <- method
+    net = common.network(cfg, data, run.device, head=head)  # <- method
     target = net  # <- method: the live network itself is the branch without gradient
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     # <- method: the average at half of training. The tuple keeps nn.Module from registering it.
@@ -344,7 +345,7 @@ def main(argv=None):
         common.fail("--shrink must be above 1, because t - s shrinks by it, and --huber above 0")
     if cfg.class_size and (cfg.reference != "dataset" or cfg.dataset == "gmm"):
         common.fail("--class_size goes with --reference dataset, on images")
-    if cfg.flip and cfg.reference == "dataset":
+    if cfg.flip and cfg.mode == "sct" and cfg.reference == "dataset":
         common.fail("--reference dataset has the images as they are: no --flip")
     if cfg.guidance != 1 and cfg.guide == "label" and not (cfg.conditional and cfg.label_dropout):
         common.fail("--guide label needs a run with --conditional and --label_dropout")

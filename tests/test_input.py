@@ -146,6 +146,8 @@ CASES = [  # script, words, what the line says
     (sct, ["--guidance", "2", "--guide", "label"], "--label_dropout"), (sct, ["--size", "XL"], "size"),
     (sct, ["--class_size", "5"], "--class_size"),
     (multistep_cm, ["--teacher_steps", "64"], "--teacher_steps"),
+    (multistep_cm, ["--x_var_data", "--x_var_frac", "0"], "--x_var_frac"), (cm, ["--flip"], "gmm"),
+    (cm, ["--metric", "lpips_avg"], "images"), (direct_cm, ["--lora_rank", "0"], "--lora_rank"),
     (multistep_cm, ["--noise_res", "32,64"], "--noise_res"),
     (multistep_cm, ["--teacher_steps", "64,99999999999999999999"], "--teacher_steps"),
     (multistep_cm, ["--noise_res", "0,64,64"], "--noise_res"), (multistep_cm, ["--solver", "heun"], "heun"),
@@ -367,6 +369,13 @@ def test_micro_is_the_largest_that_fits(monkeypatch):
     assert common.largest_micro(net, 96, base + 10**12) == 96 and common.largest_micro(net, 96, 0) == 1
     assert common.largest_micro(net, 96, base + int(1.33 * 47 * sample)) == 32
     run = common.Run.__new__(common.Run)
-    run.cfg, run.device = scm.Config(batch=96, micro=24), torch.device("cpu")
+    run.cfg, run.device, run.micro = scm.Config(batch=96, micro=24), torch.device("cpu"), 0
     run.split(net)
     assert run.rows[1] == (24, 48) and len(run.rows) == 4 and common.Run.lower_micro == 16
+    run.cfg.micro, run.micro = 0, 20  # what a GPU of an earlier sitting chose for another share
+    run.split(net)
+    assert run.rows[1] == (16, 32) and run.micro == 16
+    net.checkpointing = True
+    half = common.largest_micro(net, 96, base + int(1.33 * 96 * common.estimate(net.options, True)[3]))
+    net.fake = net
+    assert common.largest_micro(net, 96, 2 * base) < half < 96

@@ -261,10 +261,12 @@ def test_vsds_fixed_point_is_the_data(ring):
         def forward(self, x, t, y, guidance):  # F for which f(x_t, t) is m + s z
             return (t.cos()[:, None] * x * 0.5 - self.m - self.s * x) / (t.sin()[:, None] * 0.5)
 
-        def fake(self, x, t, y, guidance, return_w=False):
-            F = common.Mixture(cfg, self.m.detach().view(1, 1), self.s.detach() * 0.5)(x, t)
+    class Fake(torch.nn.Module):
+        def forward(self, x, t, y, guidance, return_w=False):
+            F = common.Mixture(cfg, net.m.detach().view(1, 1), net.s.detach() * 0.5)(x, t)
             return (F, torch.zeros_like(t)) if return_w else F
     net = Student()
+    net.fake = Fake()
     optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
     for step in range(400):
         optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 400)

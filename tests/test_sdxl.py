@@ -6,7 +6,9 @@ import multistep_cm
 import scm
 from conftest import finish, torchrun
 
+import copy
 import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -161,9 +163,28 @@ def test_the_pipeline_behind_f_is_its_own_eps(words):
             assert torch.allclose(x_0.double(), (z - sigma * expected) / alpha, atol=1e-3 * w, rtol=1e-4)
 
 
-def test_table_of_teacher_and_student(words, tmp_path):
+def test_start_from_trained_adapters_and_other_pipelines(words, pipeline, capsys):
+    """--init RUN starts from its adapters; a pipeline that does not predict eps, and --teacher, are refused.
+    A copy is on the device of the original."""
+    direct_cm.main([*words, "--out", "run", "--mode", "cm", "--steps", "1"])
+    direct_cm.main([*words, "--out", "more", "--mode", "cm", "--steps", "1", "--lr", "0", "--init", "run"])
+    a, b = (common.read_checkpoint(out)["net"] for out in ("run", "more"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert copy.deepcopy(common.dataset(config(words)).teacher.to("meta")).log_ratio.is_meta
+    assert config(words).out == "out/direct_cm-text-cm"
+    shutil.copytree(pipeline, "v")
+    path = Path("v/scheduler/scheduler_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(prediction_type="v_prediction")))
+    for flags, text in ((["--pretrained", "v"], "v_prediction"), (["--teacher", "run"], "--teacher")):
+        with pytest.raises(SystemExit):
+            common.dataset(config([*words, *flags]))
+        assert text in capsys.readouterr().err
+
+
+def test_table_of_teacher_and_student(words, tmp_path, monkeypatch):
     """eval.py --reference teacher: a student with untrained adapters and one solver step is the teacher, so E
     and the distance are 0; with more steps they are not."""
+    monkeypatch.setattr(evaluation, "text_scores", lambda args, device: None)
     (tmp_path / "prompts.txt").write_text("a disc\na square\na pentagon\n")
     flags = ["run", "--prompts", "prompts.txt", "--reference", "teacher", "--clip", "none"]
     direct_cm.main([*words, "--out", "run", "--mode", "cm", "--steps", "1", "--lr", "0", "--guidance", "1"])
@@ -171,13 +192,13 @@ def test_table_of_teacher_and_student(words, tmp_path):
     rows = {}
     for intervals in (1, 4):
         torch.save(ckpt | dict(config=ckpt["config"] | dict(intervals=intervals)), "run/ckpt.pt")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluation, "text_scores", lambda args, device: None)
-            evaluation.main([*flags, "--nfe", "1", "--batch", "2"])
+        evaluation.main([*flags, "--nfe", "1", "--batch", "2"])
         rows[intervals] = json.loads(Path("run/eval.json").read_text())
     assert [row["nfe"] for row in rows[1]] == ["teacher", 1] and rows[4][0]["ode_error"] == 0
     assert rows[1][1]["ode_error"] < 1e-4 and rows[1][1]["frechet_distance"] < 1e-6
     assert rows[4][1]["ode_error"] > 1e-3 and rows[4][1]["frechet_distance"] > 1e-6
+    evaluation.main(["run", "--prompts", "prompts.txt", "--nfe", "1", "--clip", "none"])  # the run's own images
+    assert json.loads(Path("run/eval.json").read_text())[0]["frechet_distance"] > 0
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
