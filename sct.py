@@ -346,7 +346,7 @@ def main(argv=None):
     if cfg.class_size and (cfg.reference != "dataset" or cfg.dataset == "gmm"):
         common.fail("--class_size goes with --reference dataset, on images")
     if cfg.flip and cfg.mode == "sct" and cfg.reference == "dataset":
-        common.fail("--reference dataset has the images as they are: no --flip")
+        common.fail("--reference dataset holds no mirrored images: no --flip")
     if cfg.guidance != 1 and cfg.guide == "label" and not (cfg.conditional and cfg.label_dropout):
         common.fail("--guide label needs a run with --conditional and --label_dropout")
     if cfg.sample:

@@ -197,7 +197,7 @@ def test_table_of_teacher_and_student(words, tmp_path, monkeypatch):
     assert [row["nfe"] for row in rows[1]] == ["teacher", 1] and rows[4][0]["ode_error"] == 0
     assert rows[1][1]["ode_error"] < 1e-4 and rows[1][1]["frechet_distance"] < 1e-6
     assert rows[4][1]["ode_error"] > 1e-3 and rows[4][1]["frechet_distance"] > 1e-6
-    evaluation.main(["run", "--prompts", "prompts.txt", "--nfe", "1", "--clip", "none"])  # the run's own images
+    evaluation.main(["run", "--prompts", "prompts.txt", "--nfe", "1"])  # against the run's own images
     assert json.loads(Path("run/eval.json").read_text())[0]["frechet_distance"] > 0
 
 
