@@ -64,7 +64,7 @@ class Config(common.Config):
 
 # ------------------------------------------------------------------------------------------------- PRESETS
 PRESETS = {  # DEPARTS: paper names no q, d and delta for SCT, and no edges; those below are ours
-    # Trains from random weights: in stage 0, s = 0, so the run begins as diffusion.
+    # From random weights: in stage 0, s = 0, so the run begins as diffusion.
     # DEPARTS: paper c = 1e-8 and P_mean = -1.1; here a smoother distance and more of the large t, because the
     # targets have little noise.
     "gmm": dict(teacher="", init="none", steps=6000, first_stage=0, shrink=1.4, stage_steps=300, P_mean=0.0,
@@ -81,7 +81,7 @@ PRESETS = {  # DEPARTS: paper names no q, d and delta for SCT, and no edges; tho
     ("cifar10", "ect"): dict(shrink=2.0, stage_steps=25_000, delta=0.0, sigma_shift=0.003),
     # FID of 1 / 2 steps: ect S 5.51 / 3.18, M 3.67 / 2.35; sct S 5.10 / 3.05, M 3.30 / 2.13 (with
     # --batch 1024, 2.42 / 1.55)
-    # DEPARTS: paper does not say its reference set; here 256 images of each sample's class
+    # DEPARTS: paper names no reference set; here 256 images of each sample's class
     "imagenet64": dict(batch=128, steps=100_000, lr_ref=2000, dropout_res=16, emb="fourier", P_mean=-0.8,
                        P_std=1.6, stage_steps=12_500, huber=0.06, sigmas=(80.0, 1.526), reference="dataset",
                        class_size=256),
@@ -342,7 +342,7 @@ def main(argv=None):
     if not cfg.sigmas or not all(a > b > 0 for a, b in zip((1e6, *cfg.sigmas), cfg.sigmas)):
         common.fail("--sigmas must be noise levels that fall, such as 80,0.821")
     if cfg.shrink <= 1 or cfg.huber == 0:
-        common.fail("--shrink must be above 1, because t - s shrinks by it, and --huber above 0")
+        common.fail("--shrink must be above 1, as t - s shrinks by it, and --huber above 0")
     if cfg.class_size and (cfg.reference != "dataset" or cfg.dataset == "gmm"):
         common.fail("--class_size goes with --reference dataset, on images")
     if cfg.flip and cfg.mode == "sct" and cfg.reference == "dataset":
