@@ -63,7 +63,7 @@ EDM2 = dict(c_noise="t", double_norm=True, norm_shift=False, dtype="fp16", eps=1
 PRESETS = {
     # DEPARTS: paper c = 0.1 and adaptive weighting; here c = 1 and none, because an exact teacher's residual
     # vanishes as t -> 0. The best e^w, its inverse, has no bound there and drowns the large t.
-    # DEPARTS: paper embeds t by frequencies up to 1 (as EDM's); here 10, because the MLP is small
+    # DEPARTS: paper embeds t by frequencies up to 1, as EDM does; here up to 10 (--emb_scale 1 works, too)
     "gmm": dict(c_noise="t", emb_scale=10.0, warmup=1000, tangent_c=1.0, weighting="none"),
     "shapes": dict(warmup=200),
     "folder": dict(warmup=200),
