@@ -81,7 +81,8 @@ def base(tmp_path_factory):
     "multistep_cm pd --student_steps 2 --pd_start 4",
     "sct diffusion", "sct ect", "sct sct", "sct sct --reference dataset", "sct sct --phases 2",
     "scm diffusion --dtype bf16", "scm sct --dtype bf16", "scm scd --dtype bf16 --guidance_max 2",
-    "scm dscd --dtype bf16 --guidance_max 2", "scm vsd --guidance_max 2 --dtype fp16", "scm scd+vsd --dtype bf16"])
+    "scm dscd --dtype bf16 --guidance_max 2", "scm vsd --dtype fp16 --guidance_max 2",
+    "scm scd+vsd --dtype bf16"])
 def test_every_mode_trains_on_images(words, train, base):
     """From a short diffusion run, with labels and dropout: finite losses, weights that change, an average
     that trails them. sct.py logs the variance of its averaged target, at most that of a single one."""
