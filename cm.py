@@ -15,11 +15,12 @@ stop-gradient (as in CIFAR-10's cd, and in ict). Of ctcd and ctct this is the fo
 squared distance. The paper's other forms are absent: ||df/dt||^2, differentiated as a whole, and LPIPS.
 
     python cm.py                                                toy: 8 Gaussians, exact teacher, cd
-    python cm.py --dataset folder --data PATH --image_size 16 --mode cd --teacher out/teacher --out out/cd
-    python cm.py --sample 64 --nfe 2 --out out/cd --sigmas 80,1.4
-    python cm.py --search --nfe 3 --out out/cd                  finds good noise levels
-    python cm.py --edit inpaint --input a.png --mask m.png --out out/cd
-    python cm.py --edit interpolate --out out/cd                between two noises
+    python cm.py --dataset folder --data PATH --image_size 16 --mode diffusion
+    python cm.py --dataset folder --data PATH                   distills the teacher of the line above
+    python cm.py --sample 64 --nfe 2 --dataset folder --sigmas 80,1.4
+    python cm.py --search --nfe 3 --dataset folder              finds good noise levels
+    python cm.py --edit inpaint --input a.png --mask m.png --dataset folder
+    python cm.py --edit interpolate --dataset folder            between two noises
     torchrun --nproc_per_node=8 cm.py --dataset cifar10 --mode ict
 """
 # ------------------------------------------------------------------------------------------------- imports

@@ -18,7 +18,7 @@ on the same draws (--mode both), and the paper's table of E beside sample qualit
 
     python direct_cm.py                                         toy: 8 Gaussians, exact teacher, both students
     python direct_cm.py --mode cm --hops 10 --out out/hops10    between CM and Direct CM
-    python direct_cm.py --dataset folder --data PATH --image_size 16 --teacher out/teacher --out out/direct
+    python direct_cm.py --dataset folder --data PATH --teacher RUN
     python direct_cm.py --sample 64 --nfe 4 --out out/direct_cm/cm
     torchrun --nproc_per_node=8 direct_cm.py --pretrained stabilityai/stable-diffusion-xl-base-1.0 \\
         --vae madebyollin/sdxl-vae-fp16-fix --data FOLDER --mode cm --dtype fp16 --out out/sdxl

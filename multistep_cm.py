@@ -20,9 +20,10 @@ end of t's segment, so f is no map to t = 0 but one DDIM step; 3) aDDIM; 4) samp
 
     python multistep_cm.py                                      toy: 8 Gaussians, exact teacher, 4 steps, cd
     python multistep_cm.py --figure                             paths in 1-D of 1, 2, 4 steps and of the ODE
-    python multistep_cm.py --dataset folder --data PATH --image_size 16 --teacher out/teacher --out out/mcm
-    python multistep_cm.py --sample 64 --nfe 4 --out out/mcm
-    torchrun --nproc_per_node=8 multistep_cm.py --dataset imagenet64 --data PATH --teacher out/teacher64
+    python multistep_cm.py --dataset folder --data PATH --image_size 16 --mode diffusion
+    python multistep_cm.py --dataset folder --data PATH         distills the teacher of the line above
+    python multistep_cm.py --sample 64 --nfe 4 --dataset folder
+    torchrun --nproc_per_node=8 multistep_cm.py --dataset imagenet64 --data PATH --teacher RUN
     torchrun --nproc_per_node=8 multistep_cm.py --pretrained stabilityai/stable-diffusion-xl-base-1.0 \\
         --vae madebyollin/sdxl-vae-fp16-fix --data FOLDER --dtype fp16 --out out/mcm-sdxl
     python multistep_cm.py --sample 4 --prompt "a red fox in the snow" --nfe 16 --out out/mcm-sdxl

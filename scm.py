@@ -20,10 +20,11 @@ Differs from cm.py by: 1) TrigFlow instead of EDM's process; 2) a tangent instea
 3) a square loss with a learned weight; 4) a network (in common.py) whose derivative in t stays bounded.
 
     python scm.py                                               toy: 8 Gaussians, exact teacher
-    python scm.py --dataset folder --data PATH --image_size 16 --mode diffusion --out out/teacher
-    python scm.py --dataset folder --data PATH --image_size 16 --mode scd --teacher out/teacher --out out/scd
-    python scm.py --sample 64 --nfe 2 --out out/scd
-    torchrun --nproc_per_node=8 scm.py --dataset imagenet512 --teacher out/teacher512
+    python scm.py --dataset folder --data PATH --image_size 16 --mode diffusion
+    python scm.py --dataset folder --data PATH                  distills the teacher of the line above
+    python scm.py --sample 64 --nfe 2 --dataset folder
+    torchrun --nproc_per_node=8 scm.py --dataset imagenet512 --data IMAGENET/train --mode diffusion
+    torchrun --nproc_per_node=8 scm.py --dataset imagenet512
 """
 # ------------------------------------------------------------------------------------------------- imports
 import common

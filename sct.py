@@ -14,13 +14,14 @@ loss              (||f(x_t, t) - f^-(x_s, s)||^2 + c^2)^(1/2) / (t - s + delta) 
 
 f^- is the live network under stop-gradient. The paper writes r for s, s for edge, and eps for z.
 
-Differs from cm.py by: 1) a pair of times that closes in while t stays free, without a grid; 2) the averaged
-target; 3) segments, sampled without noise; 4) guidance by the average at half of training (Eq. 18).
+Differs from cm.py by: 1) a pair of times that closes in while t stays free, no grid; 2) the averaged
+target; 3) segments, sampled without noise; 4) guidance by the average at half of training.
 
     python sct.py                                               toy: 8 Gaussians, no teacher
-    python sct.py --dataset folder --data PATH --image_size 16 --init out/teacher --out out/sct
-    python sct.py --sample 64 --nfe 2 --guidance 1.2 --out out/sct
-    torchrun --nproc_per_node=8 sct.py --dataset cifar10 --init out/teacher32 --reference dataset
+    python sct.py --dataset folder --data PATH --image_size 16 --mode diffusion
+    python sct.py --dataset folder --data PATH                  tunes the model of the line above
+    python sct.py --sample 64 --nfe 2 --guidance 1.2 --dataset folder
+    torchrun --nproc_per_node=8 sct.py --dataset cifar10 --init RUN --reference dataset
 """
 # ------------------------------------------------------------------------------------------------- imports
 import common
