@@ -149,9 +149,11 @@ def sliced_wasserstein(a, b, directions=128):
 
 
 def mode_shares(x, mixture):
-    """Share of the points (N, D) that lie within 4 standard deviations of each mean, (K,)."""
+    """Share of the points (N, D) that lie within 4 standard deviations of each mean, (K,); in D dimensions
+    within 4 sqrt(D / 2)."""
     distance, nearest = torch.cdist(x.double(), mixture.mean).min(1)
-    counts = torch.bincount(nearest[distance <= 4 * mixture.std], minlength=mixture.classes)
+    near = distance <= 4 * mixture.std * (x.shape[1] / 2) ** 0.5
+    counts = torch.bincount(nearest[near], minlength=mixture.classes)
     return (counts / len(x)).tolist()
 
 
@@ -471,6 +473,19 @@ def spread(values, digits):
     return f"{sum(values) / len(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
+def train_once(command, out):
+    """Run `SCRIPT.py FLAGS --out OUT` in a process of its own, on one thread. A finished run is kept."""
+    if not Path(out, "metrics.json").exists():  # the last file that a run writes
+        script, *flags = command.split()
+        path = str(Path(__file__).with_name(script))
+        command = [sys.executable, path, *flags, "--out", out, "--overwrite"]
+        environment = os.environ | dict(OMP_NUM_THREADS="1")
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            fail(f"{' '.join(command)} stopped: {done.stderr.strip().splitlines()[-1]}")
+    return out
+
+
 def toy(args, tools):
     """Every mode of every script on the ring, with equal steps, batch, network and seeds. A run of
     multistep_cm.py is made for one number of steps, so there is one for each. Finished runs are kept."""
@@ -480,16 +495,9 @@ def toy(args, tools):
     def train(run):
         script, mode, seed, k = run
         out = f"{args.out}/{script}-{mode}{f'-{k}' if k else ''}-{seed}"
-        flags = f"--mode {mode} --steps {args.toy} --seed {seed} --out {out} --overwrite"
         extra = dict(multistep_cm=f" --student_steps {k}", sct=f" --stage_steps {args.toy // 20}")
-        flags += extra.get(script, "")
-        if not Path(out, "metrics.json").exists():  # the last file that a run writes
-            command = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *flags.split()]
-            environment = os.environ | dict(OMP_NUM_THREADS="1")
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode:
-                fail(f"{' '.join(command)} stopped: {done.stderr.strip().splitlines()[-1]}")
-        return out
+        return train_once(f"{script}.py --mode {mode} --steps {args.toy} --batch 256 --seed {seed}"
+                          + extra.get(script, ""), out)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         outs = list(tqdm(pool.map(train, runs), total=len(runs), desc="train", unit="run", disable=None))
     rows, sheet = {}, {}
