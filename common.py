@@ -1958,9 +1958,10 @@ def ticks(low, high, log):
 def chart(lines, log="y", size=(440, 280)):
     """Picture of a line chart. `lines` holds for each name rows of (x, y, lowest y, highest y), whose range
     is shaded. `log` names those of the axes x and y that are logarithmic."""
-    right, bottom, left, top = 2 * size[0] - 30, 2 * size[1] - 50, 110, 60  # twice as large, for smooth lines
-    picture = Image.new("RGB", (2 * size[0], 2 * size[1]), "white")
+    picture = Image.new("RGB", (2 * size[0], 2 * size[1]), "white")  # twice as large, for smooth lines
     pen, font = ImageDraw.Draw(picture, "RGBA"), ImageFont.load_default(26)
+    left, top, right, bottom = 110, 20, 2 * size[0] - 40, 2 * size[1] - 50
+    right -= max(pen.textlength(name, font) for name in lines)  # the names stand at the right
     x, y = np.split(np.array([row for line in lines.values() for row in line], float), [1], axis=1)
     axes = dict(x=(x.min(), x.max(), left, right), y=(y.min(), y.max(), bottom, top))
 
@@ -1975,14 +1976,14 @@ def chart(lines, log="y", size=(440, 280)):
             pen.line((at, top, at, bottom) if axis == "x" else (left, at, right, at), "#dddddd", 2)
             where, anchor = ((at, bottom + 8), "ma") if axis == "x" else ((left - 10, at), "rm")
             pen.text(where, f"{value:,.6g}", "black", font, anchor)
-    colors, legend = ["#1f4e9c", "#d1495b", "#2e8b57", "#e08e0b", "#7b5ea7", "#666666", "#00a0b0"], left
-    for color, (name, line) in zip(itertools.cycle(colors), lines.items()):
-        center, lowest, highest = ([(place("x", row[0]), place("y", row[i])) for row in line]
-                                   for i in (1, 2, 3))
+    colors = itertools.cycle(["#1f4e9c", "#d1495b", "#2e8b57", "#e08e0b", "#7b5ea7", "#666666", "#00a0b0",
+                              "#8b4513", "#c71585", "#6b8e23"])
+    for i, (color, (name, line)) in enumerate(zip(colors, lines.items())):
+        center, lowest, highest = ([(place("x", row[0]), place("y", row[k])) for row in line]
+                                   for k in (1, 2, 3))
         pen.polygon(lowest + highest[::-1], color + "30")
         pen.line(center, color, 5, joint="curve")
-        pen.text((legend, 15), name, color, font)
-        legend += pen.textlength(name, font) + 40
+        pen.text((right + 20, top + 36 * i), name, color, font)
     return picture.resize(size, Image.LANCZOS)
 
 

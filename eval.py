@@ -474,8 +474,10 @@ def spread(values, digits):
 
 
 def train_once(command, out):
-    """Run `SCRIPT.py FLAGS --out OUT` in a process of its own, on one thread. A finished run is kept."""
-    if not Path(out, "metrics.json").exists():  # the last file that a run writes
+    """Run `SCRIPT.py FLAGS --out OUT` in a process of its own, on one thread. OUT keeps the command, and is
+    left alone if it is the same."""
+    kept = Path(out, "command.txt")
+    if not kept.exists() or kept.read_text() != command:
         script, *flags = command.split()
         path = str(Path(__file__).with_name(script))
         command = [sys.executable, path, *flags, "--out", out, "--overwrite"]
@@ -483,6 +485,7 @@ def train_once(command, out):
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             fail(f"{' '.join(command)} stopped: {done.stderr.strip().splitlines()[-1]}")
+        kept.write_text(" ".join([script, *flags]))
     return out
 
 

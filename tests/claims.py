@@ -6,14 +6,16 @@
 
 Each row is a run on the toy, or for a claim that ends in -images on 16 x 16 pixels, from the README's teacher
 in out/scm-folder-diffusion. Cells are the mean over the seeds (lowest-highest): of points the energy distance
-to fresh data, of images the Frechet distance in the given features, and E. Finished runs in --out are kept.
+to fresh data, of images the Frechet distance in the given features, and E. Finished runs in --out are kept,
+and trained anew if their commands have changed.
 """
 import argparse
 import concurrent.futures
 import contextlib
 import json
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,9 +33,11 @@ import multistep_cm
 class Claim:
     paper: str  # what it says, and where
     runs: dict  # name of a row: its command
-    nfe: tuple = (1, 2)  # network evaluations of the columns; none stands for the run's own number of steps
+    nfe: tuple = (1, 2)  # network evaluations of the columns, but for runs that are made for one number
     first: str = ""  # a run whose folder replaces {first} in the commands
-    chart: str = ""  # "step" draws loss and E over training; "number" draws quality over a name's last word
+    sampling: dict = field(default_factory=lambda: {"": {}})  # what sampling varies: a row for each
+    chart: str = ""  # "step" draws the tangent and E over training; "number" quality over a name's last word
+    extra: str = ""  # flags for all runs
 
 
 def grid(command, **choices):
@@ -45,135 +49,145 @@ def grid(command, **choices):
     return rows
 
 
-# The toy of each method at a quarter to a half of its usual length, and images at a tenth.
-SCM = "scm.py --steps 1000 --warmup 300 --batch 256 --tangent_c 0.1"
-SCT = "sct.py --steps 1500 --stage_steps 75"
-MULTISTEP = "multistep_cm.py --steps 1500"
-DIRECT = "direct_cm.py --lr 1e-4 --lr_cooldown 0 --ema_sigma_rel 0 --ema_halflife 0 --batch 128"
+# The toy of each method at a third of its usual length or less, and images at a fifth to a half.
+SCM = "scm.py --steps 1000 --warmup 0 --batch 256"
+SCT = "sct.py --steps 1200 --stage_steps 60"
+MULTISTEP = "multistep_cm.py --dataset gmm64"
+DIRECT = "direct_cm.py --lr_cooldown 0 --ema_sigma_rel 0 --ema_halflife 0 --batch 128"
 TEACHER = "out/scm-folder-diffusion"
 IMAGES = "--dataset folder --image_size 16 --dtype bf16"
+MODES = {"scd": "", "sct": "--mode sct"}
 TANGENTS = {name: f"--tangent {name}" for name in ("raw", "clip", "normalize")}
 TARGETS = {"ect": "--mode ect", "sct": "--mode sct", "sct, dataset": "--mode sct --reference dataset"}
-FIXED_GAP = "sct.py --shrink 256 --widening 0 --stage_steps 100000"
+FIXED_GAP = "sct.py --shrink 256 --widening 0 --first_stage 1 --stage_steps 100000"
 STEPS = {str(k): f"--student_steps {k}" for k in (1, 2, 4, 8, 16)}
+FEW = {k: STEPS[k] for k in ("1", "4")}
+SOLVERS = {name: f"--solver {name}" for name in ("ddim", "addim")}
 STUDENTS = {mode: f"--mode {mode}" for mode in ("cm", "direct")}
 
 CLAIMS = {
     "tangent": Claim(
-        "sCM, Fig. 5a: normalized or clipped tangents are better than raw ones",
-        grid(SCM, mode={"scd": "", "sct": "--mode sct"}, tangent=TANGENTS), chart="step"),
+        'sCM, Fig. 5a: "either normalization or clipping leads to substantial improvements"',
+        grid(SCM, mode=MODES, tangent=TANGENTS), chart="step"),
     "tangent-images": Claim(
-        "sCM, Fig. 5a and 5b: normalized or clipped tangents are better, and so is the adaptive weight",
-        grid(f"scm.py {IMAGES} --mode sct --steps 120 --warmup 40", tangent=TANGENTS | {
-            "normalize, no adaptive weight": "--weighting none"}), chart="step"),
+        'sCM, Fig. 5a: "either normalization or clipping leads to substantial improvements"',
+        grid(f"scm.py {IMAGES} --teacher {TEACHER} --steps 100 --warmup 0", tangent=TANGENTS)),
     "weighting": Claim(
-        "sCM, Fig. 5b: the adaptive weight is better than none",
-        grid(SCM, mode={"scd": "", "sct": "--mode sct"},
-             weight={"none": "--weighting none", "adaptive": "--weighting adaptive"}), chart="step"),
+        'sCM, Fig. 5b: the adaptive weight "outperforms manually designed weighting functions"',
+        grid(SCM, mode=MODES, weight={name: f"--weighting {name}" for name in ("none", "adaptive")})),
     "intervals": Claim(
-        "sCM, Fig. 5c: discrete time is best at N = 1,024; continuous time beats every N",
+        'sCM, Fig. 5c: quality "degrades once N becomes too large (after N>1024)"; continuous-time CMs '
+        '"significantly outperform discrete-time CMs across all N\'s"',
         {"scd": SCM} | {f"dscd {N}": f"{SCM} --mode dscd --intervals {N}"
                         for N in (4, 16, 64, 256, 1024, 65536)}, chart="number"),
     "embedding": Claim(
-        "sCM, Sec. 4.1: c_noise = t, positional embedding and double normalization make training stable",
-        grid("scm.py --steps 800 --warmup 0 --batch 256 --tangent_c 0.1", choice={
+        'sCM, Sec. 4.1: "large Fourier scales in Fourier embeddings cause instabilities" (Fig. 4), '
+        'c_noise = t, and double normalization, without which training may diverge',
+        grid("scm.py --steps 600 --warmup 0 --batch 256", choice={
             "the paper's": "", "c_noise log": "--c_noise log", "fourier, 16": "--emb fourier --emb_scale 16",
             "single norm": "--double_norm false",
             "all three": "--c_noise log --emb fourier --emb_scale 16 --double_norm false"},
             tangent={name: TANGENTS[name] for name in ("raw", "normalize")}), chart="step"),
     "warmup": Claim(
-        "sCM, Sec. 4.2: the tangent's warm-up leaves quality as it is and may save spikes of the gradient",
+        'sCM, Sec. 4.2: warm-up "does not affect sample quality but may reduce some gradient spikes"',
         grid(SCM, tangent={name: TANGENTS[name] for name in ("raw", "normalize")},
-             warmup={"at once": "--warmup 0", "over 300 steps": ""}), chart="step"),
+             warmup={"at once": "--warmup 0", "over 300 steps": "--warmup 300"}), extra="--log_every 1"),
     "average": Claim(
-        "sCM uses an average for samples; Direct CM has none. After few steps, which is better?",
-        grid("scm.py --batch 256 --warmup 100", steps={f"{n} steps": f"--steps {n}" for n in (150, 300, 600)},
-             ema={"without average": "--ema_sigma_rel 0 --ema_halflife 0", "with": ""})),
+        "No paper's claim, but Direct CM samples without an average after 250 steps: is that better?",
+        grid("scm.py --init {first} --batch 256 --warmup 0 --lr_cooldown 0",
+             steps={f"{n} steps": f"--steps {n}" for n in (50, 200, 800)},
+             ema={"without average": "--ema_sigma_rel 0 --ema_halflife 0", "width 0.05": "",
+                  "half-life 5e5": "--ema_sigma_rel 0"}), first="scm.py --mode diffusion --steps 3000"),
     "ict": Claim(
-        "iCT, Sec. 3.2: CT is better if its target is the live network, not an average",
+        "iCT: CT is right only if its target has no average",
         grid("cm.py --mode ct --steps 2000", mu={"average, mu = 0.9": "--mu 0.9", "live": "--mu 0"})),
     "targets": Claim(
-        "SCT, Fig. 4: at a fixed gap of t / 256, averaged targets lower the FID from 5.61 to 4.56",
-        grid(f"{FIXED_GAP} --steps 1500 --init {{first}}",
+        'SCT, Fig. 4 (gap t / 256, all 50,000 images): "the 1-step FID dropping from 5.61 to 4.56"',
+        grid(f"{FIXED_GAP} --steps 1000 --init {{first}}",
              distance={"smooth": "", "the paper's": "--huber 1e-8 --P_mean -1.1"}, target=TARGETS),
         first="sct.py --mode diffusion --steps 3000"),
     "targets-images": Claim(
-        "SCT, Fig. 4: at a fixed gap of t / 256, averaged targets lower the FID from 5.61 to 4.56",
-        grid(f"{FIXED_GAP} {IMAGES} --steps 200", target=TARGETS)),
+        'SCT, Fig. 4 (gap t / 256, all 50,000 images): "the 1-step FID dropping from 5.61 to 4.56"',
+        grid(f"{FIXED_GAP} {IMAGES} --init {TEACHER} --steps 150", target=TARGETS)),
     "tuning-images": Claim(
-        "SCT, Table 2: FID of 1 / 2 steps 3.11 / 2.05 against ECT's 3.78 / 2.13",
-        grid(f"sct.py {IMAGES} --steps 300 --stage_steps 40", target=TARGETS)),
+        "SCT, Table 2: FID 3.11 / 2.05 against ECT's 3.78 / 2.13; here the targets differ, and no more",
+        grid(f"sct.py {IMAGES} --init {TEACHER} --steps 240 --stage_steps 30", target=TARGETS)),
     "phases": Claim(
         "SCT, Table 2: FID 1.95 in 4 phases and 1.86 in 8, against 2.05 in two steps of one phase",
-        {"one phase, 2": SCT} | {f"phases, {k}": f"{SCT} --phases {k}" for k in (2, 4, 8)}, nfe=()),
+        {"one phase": SCT} | {f"{k} phases": f"{SCT} --phases {k}" for k in (2, 4, 8)}, nfe=(2, 4, 8)),
     "eta": Claim(
-        "SCT, Fig. 7: eta below 1 is better early in training; 0.9 stays better than 1",
-        grid("sct.py --phases 4", steps={f"{n} steps": f"--steps {n} --stage_steps {n // 20}"
-                                         for n in (300, 1500)},
-             eta={f"eta = {v}": f"--eta {v}" for v in (1, 0.95, 0.9, 0.8)}), nfe=()),
+        'SCT, Fig. 5: "a smaller eta at the beginning of training yields superior performance", and "better '
+        'overall performance for eta = 0.9 compared to eta = 1.0"',
+        grid("sct.py --phases 4 --stage_steps 60 --lr_cooldown 0",
+             steps={f"{n} steps": f"--steps {n}" for n in (150, 300, 600, 1200)}), nfe=(),
+        sampling={f"eta = {v}": dict(eta=v) for v in (1.0, 0.95, 0.9, 0.8)}),
     "guidance": Claim(
-        "SCT, Fig. 6: guidance by a weaker version of the network, of about 1.2, lowers the FID",
-        grid(SCT, guidance={f"guidance {v}": f"--guidance {v}" for v in (1, 1.2, 1.5)})),
-    "segments": Claim(
-        "Multistep CM, Table 1 (ImageNet-64, small): FID 4.3, 2.0, 1.7, 1.6, 1.5 of cd in 1 to 16 steps",
-        grid(MULTISTEP, mode={mode: f"--mode {mode}" for mode in ("cd", "ct", "pd")}, steps=STEPS),
-        nfe=(), chart="number"),
-    "annealing": Claim(
-        "Multistep CM, Table 2: 64 to 1,280 annealed teacher steps beat 128, 256 and 1,024 constant ones",
-        grid(MULTISTEP, teacher={"annealed": "", **{str(n): f"--teacher_steps {n},{n}" for n in (128, 1024)}},
-             steps={k: STEPS[k] for k in "14"}), nfe=()),
+        'SCT, Fig. 6: guidance by a weaker self, of 1.2, "can significantly enhance the quality"',
+        {"sct": SCT}, sampling={f"guidance {v}": dict(guidance=v) for v in (1.0, 1.2, 1.5, 2.2)}),
     "samplers": Claim(
-        "Multistep CM, Sec. 3.2: aDDIM corrects the norm that DDIM loses, and is on par with Heun (Fig. 5)",
-        {}),
+        'Multistep CM, Sec. 3.2: aDDIM is "on par with the 2nd order Heun sampler on Imagenet64 and '
+        'outperforms it on Imagenet128"', {}),
     "samplers-images": Claim(
-        "Multistep CM, Sec. 3.2, as above; the rows are the teacher, and its seed is one",
-        grid(f"multistep_cm.py {IMAGES} --init {TEACHER} --mode diffusion --steps 1 --lr 1e-12",
-             solver={"ddim": "--solver ddim", "addim": "--solver addim", "heun": "--solver heun",
-                     "addim, x_var measured": "--solver addim --x_var_data true"}), nfe=(2, 4, 8, 16, 32)),
-    "addim": Claim(
-        "Multistep CM, Table 4: as a teacher, DDIM is better in 1 and 2 steps (3.91, 1.99 against aDDIM's "
-        "4.35, 2.02), and aDDIM in 4 to 16 (1.68, 1.58, 1.54 against 1.77, 1.70, 1.72)",
-        grid("multistep_cm.py --dataset gmm64", solver={s: f"--solver {s}" for s in ("ddim", "addim")},
-             steps={k: STEPS[k] for k in ("1", "4", "16")}), nfe=(), chart="number"),
+        "Multistep CM, Sec. 3.2, as above. The rows are one teacher: Heun takes a step less than the column",
+        {"teacher": f"multistep_cm.py {IMAGES} --init {TEACHER} --mode diffusion --steps 1 --lr 1e-12"},
+        sampling={solver: dict(solver=solver) for solver in ("ddim", "addim", "heun")} | {
+            "addim, x_var measured": dict(solver="addim", x_var_data=True)}, nfe=(4, 8, 16, 32)),
+    "segments": Claim(
+        "Multistep CM, Table 1 (ImageNet-64, small, cd): FID 4.3, 2.0, 1.7, 1.6, 1.5 in 1 to 16 steps. "
+        "Table 4: a DDIM teacher is better in 1 and 2 steps (3.91, 1.99 against aDDIM's 4.35, 2.02), an "
+        "aDDIM teacher in 4 to 16 (1.68, 1.58, 1.54 against 1.77, 1.70, 1.72)",
+        grid(MULTISTEP, solver=SOLVERS, steps=STEPS), nfe=(), chart="number"),
+    "annealing": Claim(
+        "Multistep CM, Table 2 (1 and 4 steps): 64 to 1,280 annealed teacher steps 7.0, 2.3, constant "
+        "ones of 128: 8.8, 5.0, of 256: 7.6, 3.5, of 1,024: 10.8, 2.6",
+        grid(MULTISTEP, teacher={"annealed": "", **{
+            f"constant {n:,}": f"--teacher_steps {n},{n}" for n in (128, 1024)}}, steps=FEW), nfe=()),
+    "pd": Claim(
+        "Multistep CM, Table 5: FID 10.7, 4.7, 2.4, 1.7 of PD in 1, 2, 4, 8 steps, 4.3, 2.0, 1.7, 1.6 of cd",
+        grid(MULTISTEP, mode={"pd": "--mode pd"}, steps={k: STEPS[k] for k in ("1", "2", "4", "8")}),
+        nfe=()),
     "addim-images": Claim(
-        "Multistep CM, Table 4, as above",
-        grid(f"multistep_cm.py {IMAGES} --steps 150", solver={s: f"--solver {s}" for s in ("ddim", "addim")},
-             steps={k: STEPS[k] for k in "4"}), nfe=()),
+        "Multistep CM, Table 4, as for segments",
+        grid(f"multistep_cm.py {IMAGES} --teacher {TEACHER} --steps 80", solver=SOLVERS, steps=FEW), nfe=()),
     "direct": Claim(
-        "Direct CM, Fig. 3, 4: at every N and w, the Direct CM solves the ODE better and samples worse",
-        grid(f"{DIRECT} --teacher {{first}} --steps 50", student=STUDENTS,
-             setting={"N = 20": "--intervals 20", "N = 100": "--intervals 100",
+        'Direct CM, Fig. 3 and 4 (one step): at every N and w, "Direct CMs solve the PF ODE more accurately, '
+        'yet CMs produce higher quality images"',
+        grid(f"{DIRECT} --lr 1e-4 --teacher {{first}} --steps 50", student=STUDENTS,
+             setting={"N = 25": "--intervals 25", "N = 100": "--intervals 100",
                       **{f"N = 50, w = {w}": f"--intervals 50 --guidance {w}" for w in (1, 4, 8)}}),
         nfe=(1, 2, 4), first="scm.py --mode diffusion --steps 3000 --conditional true --label_dropout 0.1"),
     "direct-images": Claim(
-        "Direct CM, Table 1: mean square E 0.25 against 0.29, FID 158.6 against 103.9 (DDIM, one step)",
-        grid(f"{DIRECT} {IMAGES} --intervals 20 --steps 40", student=STUDENTS), nfe=(1, 2, 4)),
+        "Direct CM, Table 1 (DDIM, one step): mean square E 0.25 against CM's 0.29, FID 158.6 against 103.9",
+        grid(f"{DIRECT} {IMAGES} --lr 1e-3 --teacher {TEACHER} --intervals 20 --steps 80", student=STUDENTS),
+        nfe=(1, 2, 4)),
 }
 
 
-def measure(out, nfe, claim, args, tools):
-    """{column: value} of a finished run. Direct CM's are the paper's: against the solver's samples."""
-    ckpt = common.read_checkpoint(out)
-    if ckpt["script"] == "direct_cm" and ckpt["config"]["dataset"] == "gmm":
+def measure(out, nfe, args):
+    """{column: value} of a finished run. What Direct CM samples is compared, as in the paper, with what its
+    teacher samples."""
+    ckpt, row = common.read_checkpoint(out), {}
+    direct = ckpt["script"] == "direct_cm"
+    if direct and ckpt["config"]["dataset"] == "gmm":
         cfg = common.make_config(direct_cm.Config, ckpt["config"])
         E, *distances = direct_cm.compare(cfg, [out])[Path(out).name]
-        return {f"{n} NFE": d for n, d in zip((1, 2, 4), distances)} | dict(E=E)
-    row = {}
-    for (_, n), (values, _) in evaluation.evaluate(out, nfe, args, tools, "cpu").items():
+        return {f"{n} NFE": value for n, value in zip((1, 2, 4), distances)} | dict(E=E)
+    options = argparse.Namespace(**vars(args.eval) | dict(reference="teacher" if direct else None))
+    for (_, n), (values, _) in evaluation.evaluate(out, nfe, options, args.tools, "cpu").items():
         if n != "teacher":
-            quality = values.get("energy_distance", values.get("frechet_distance"))
-            row["quality" if not claim.nfe else f"{n} NFE"] = quality
-        if "ode_error" in values:
-            row.setdefault("E", values["ode_error"])
+            row[f"{n} NFE"] = values.get("energy_distance", values.get("frechet_distance"))
+            if "ode_error" in values:
+                row.setdefault("E", values["ode_error"])
+    gradients = [value for _, value, _, _ in training([out], "grad_norm")]
+    if len(gradients) > 500:  # every step was logged
+        row["largest gradient over the median"] = max(gradients) / sorted(gradients)[len(gradients) // 2]
     return row
 
 
-def own_steps(name, words):
-    """The number of network evaluations of a run that is made for one."""
-    for flag in ("--student_steps", "--phases"):
-        if flag in words:
-            return int(words[words.index(flag) + 1])
-    return int(name.split()[-1])
+def own_steps(words):
+    """The number of network evaluations that a run is made for, or ()."""
+    flags = [flag for flag in ("--student_steps", "--phases") if flag in words]
+    return tuple(int(words[words.index(flag) + 1]) for flag in flags)
 
 
 def training(folder, key):
@@ -181,9 +195,10 @@ def training(folder, key):
     logs = [[json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()] for out in folder]
     values = {}
     for line in sum(logs, []):
-        if key in line:
+        if math.isfinite(line.get(key, math.inf)):
             values.setdefault(line["step"], []).append(line[key])
-    return [(step, sum(v) / len(v), min(v), max(v)) for step, v in sorted(values.items())]
+    return [(step, sum(v) / len(v), min(v), max(v)) for step, v in sorted(values.items())
+            if len(v) == len(logs)]
 
 
 def draw(name, claim, folders, cells, path):
@@ -191,12 +206,11 @@ def draw(name, claim, folders, cells, path):
     level line."""
     pictures = {}
     if claim.chart == "step":
-        for key in ("grad_norm", "ode_error"):
-            lines = {row: training(folder, key) for row, folder in folders.items()}
-            title = f"{key.replace('ode_error', 'E')} over training steps"
-            pictures[title] = common.chart(lines, "y", (520, 300))
+        for key, title in (("tangent_rms", "RMS of the tangent"), ("ode_error", "E")):
+            lines = {row: line for row, folder in folders.items() if (line := training(folder, key))}
+            pictures[f"{title} over training steps"] = common.chart(lines, "y", (520, 300))
     else:
-        for key in dict.fromkeys(key for columns in cells.values() for key in columns):
+        for key in ("1 NFE", "E") if claim.nfe else ("quality",):
             numbered = {row: int(row.split()[-1]) for row in cells if row.split()[-1].isdigit()}
             ends, lines = sorted(numbered.values()), {}
             for row, columns in cells.items():
@@ -218,44 +232,65 @@ def samplers(args):
                                         flags.split())
                 with contextlib.redirect_stdout(None):
                     rows = multistep_cm.compare(cfg, common.dataset(cfg))
-                for name, distance in rows.items():
-                    cells.setdefault(name, {}).setdefault(f"{steps} steps", []).append(distance)
-        show(dataset, cells)
+                for solver, distance in rows.items():
+                    row = cells.setdefault(f"{dataset}, {solver}", {})
+                    row.setdefault(f"{steps} steps", []).append(distance)
+        show("samplers", cells)
 
 
 def show(name, cells):
-    print(f"\n{CLAIMS[name].paper if name in CLAIMS else 'samplers'}\n")
-    print(evaluation.table([{name: row} | {column: evaluation.spread(v, 4) for column, v in columns.items()}
-                            for row, columns in cells.items()]))
+    print(f"\n{CLAIMS[name].paper}\n")
+    digits = 3 if name.endswith("-images") else 5
+    rows = [{name: row} | {column: evaluation.spread(v, digits) for column, v in columns.items()}
+            for row, columns in cells.items()]
+    print(evaluation.table(rows), flush=True)
+
+
+def variant(out, changes):
+    """A copy of a run, in a folder of its own, whose stored flags are changed: for sampling."""
+    path = f"{out}, {', '.join(f'{k} {v}' for k, v in changes.items())}"
+    ckpt = common.read_checkpoint(out)
+    Path(path).mkdir(exist_ok=True)
+    torch.save(ckpt | dict(config=ckpt["config"] | changes), Path(path, "ckpt.pt"))
+    Path(path, "log.jsonl").write_bytes(Path(out, "log.jsonl").read_bytes())
+    return path
 
 
 def run(name, args):
     """Train, measure, print."""
     claim, root = CLAIMS[name], Path(args.out, name)
-    extra = f" --data {args.data}" if name.endswith("-images") else ""
+    extra = f" {claim.extra}" + f" --data {args.data}" * name.endswith("-images")
     extra += f" --steps {args.steps}" if args.steps else ""
     first = evaluation.train_once(claim.first + extra, str(root / "first")) if claim.first else ""
-    curves = " --log_every 10 --sample_every {}" if claim.chart == "step" else ""
     jobs = {}
     for seed in range(args.seeds):
         for row, command in claim.runs.items():
             words = command.format(first=first) + extra + f" --seed {seed}"
-            steps = int(words.split("--steps ")[-1].split()[0]) if "--steps" in words else 0
-            words += curves.format(max(1, steps // 10)) if "images" not in name else ""
-            jobs[row, seed] = words, str(root / f"{row.replace(' ', '_').replace('/', '-')}-{seed}")
+            if claim.chart == "step":
+                steps = int(words.split("--steps ")[-1].split()[0])
+                words += f" --log_every 10 --sample_every {max(1, steps // 5)}"
+            jobs[row, seed] = words, str(root / f"{row}-{seed}")
+
+    def train(job):
+        try:
+            return evaluation.train_once(*job)
+        except SystemExit:  # the script has said why, such as a loss that is not finite
+            return ""
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        waiting = [pool.submit(evaluation.train_once, *job) for job in jobs.values()]
-        for job in tqdm(concurrent.futures.as_completed(waiting), total=len(jobs), desc=name, disable=None):
-            job.result()
+        outs = list(tqdm(pool.map(train, jobs.values()), total=len(jobs), desc=name, disable=None))
     cells, folders = {}, {}
-    for (row, _), (words, out) in jobs.items():
-        nfe, kept = claim.nfe or (own_steps(row, words.split()),), Path(out, "claim.json")
-        if not kept.exists():
-            values = measure(out, nfe, claim, args.eval, args.tools)
-            kept.write_text(json.dumps(values))
-        for column, value in json.loads(kept.read_text()).items():
-            cells.setdefault(row, {}).setdefault(column, []).append(value)
-        folders.setdefault(row, []).append(out)
+    for ((row, _), (words, _)), out in zip(jobs.items(), outs):
+        for label, changes in claim.sampling.items():
+            at = variant(out, changes) if changes and out else out
+            own = own_steps(words.split())
+            values = measure(at, own or claim.nfe, args) if out else {"stopped": 1}
+            if not claim.nfe and own and out:
+                values = {"quality": values.pop(f"{own[0]} NFE")} | values
+            for column, value in values.items():
+                cells.setdefault(f"{row} {label}".strip(), {}).setdefault(column, []).append(value)
+        if out:
+            folders.setdefault(row, []).append(out)
+    (root / "cells.json").write_text(json.dumps(cells, indent=1))
     show(name, cells)
     if claim.chart:
         draw(name, claim, folders, cells, root / "chart.png")
