@@ -151,7 +151,7 @@ def rows(*argv, out="out.d"):
 
 def test_toy_runs(train):
     """A row for each NFE, with every metric of 2-D; the error E only where no noise is added."""
-    train("--steps", 1, "--channels", 16, "--out", "toy")
+    train("--steps", 1, "--channels", 16, "--batch", 256, "--out", "toy")
     found = rows("toy", "--samples", 300, "--nfe", 1, 2)
     assert [row["nfe"] for row in found] == [1, 2] and "ode_error" in found[0] and "ode_error" not in found[1]
     for row in found:
