@@ -75,7 +75,7 @@ CT = dict(init="none", mu=0.9, intervals_start=2, intervals=150)
 ICT = dict(init="none", intervals_start=10, intervals=1280, metric="huber", sigmas=(80.0, 0.821))
 PRESETS = {
     "gmm": dict(steps=6000, points=40, c_noise="log", emb_scale=8.0),
-    ("gmm", "cd"): dict(mu=0.9),
+    ("gmm", "cd"): dict(mu=0.9),  # with the live network as the target, samples spread along the ring
     "shapes": {},
     "folder": {},
     **{(dataset, "ct"): CT for dataset in ("gmm", "shapes", "folder")},

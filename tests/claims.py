@@ -214,14 +214,15 @@ def draw(name, claim, folders, cells, path):
             lines = {row: line for row, folder in folders.items() if (line := training(folder, key))}
             pictures[f"{title} over training steps"] = common.chart(lines, "y", (520, 300))
     else:
-        for key in ("1 NFE", "E") if claim.nfe else ("quality",):
+        titles = {"1 NFE": "distance in one step", "E": "E"} if claim.nfe else {"quality": "distance"}
+        for key, title in titles.items():
             numbered = {row: int(row.split()[-1]) for row in cells if row.split()[-1].isdigit()}
             ends, lines = sorted(numbered.values()), {}
             for row, columns in cells.items():
                 v, label = columns[key], row.rsplit(" ", 1)[0] if row in numbered else row
                 for x in [numbered[row]] if row in numbered else (ends[0], ends[-1]):
                     lines.setdefault(label, []).append((x, sum(v) / len(v), min(v), max(v)))
-            pictures[f"{key} over {name}"] = common.chart(lines, "xy")
+            pictures[f"{title} over {name}"] = common.chart(lines, "xy")
     common.panels(pictures, path)
 
 
