@@ -2081,7 +2081,7 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
     metrics = dict(seconds=round(time.time() - run.began, 1), steps=step)
     if step == cfg.steps:
         run.bar.close()
-    tqdm.write("drawing samples" + (" and solving the ODE exactly, about 10 s" if toy else ""))
+    tqdm.write("drawing samples" + (" and solving the ODE exactly, about 4 s" if toy else ""))
     if toy:
         fresh, other = (data.batch(Draw(cfg.seed, 2**32 + i, 0, n, run.device))[0] for i in (0, 1))
         exact = exact_ode(data, noise, y, cfg.sigma_d)
