@@ -478,6 +478,7 @@ def train_once(command, out):
     left alone if it is the same."""
     kept = Path(out, "command.txt")
     if not kept.exists() or kept.read_text() != command:
+        kept.unlink(missing_ok=True)
         script, *flags = command.split()
         path = str(Path(__file__).with_name(script))
         command = [sys.executable, path, *flags, "--out", out, "--overwrite"]

@@ -145,7 +145,7 @@ CLAIMS = {
         grid(MULTISTEP, teacher={"annealed": "", **{
             f"constant {n:,}": f"--teacher_steps {n},{n}" for n in (128, 1024)}}, steps=FEW), nfe=()),
     "pd": Claim(
-        "Multistep CM, Table 5: FID 10.7, 4.7, 2.4, 1.7 of PD in 1, 2, 4, 8 steps, 4.3, 2.0, 1.7, 1.6 of cd",
+        'Multistep CM, Sec. 5.1: "a 4-step PD model attains an FID of 2.4 whereas CD achieves 1.7"',
         grid(MULTISTEP, mode={"pd": "--mode pd"}, steps={k: STEPS[k] for k in ("1", "2", "4", "8")}),
         nfe=()),
     "addim-images": Claim(
