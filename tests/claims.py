@@ -283,6 +283,8 @@ def run(name, args):
             return ""
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         outs = list(tqdm(pool.map(train, jobs.values()), total=len(jobs), desc=name, disable=None))
+    if not any(outs):
+        common.fail(f"{name}: no run came to its end; the lines above say why")
     cells, folders = {}, {}
     for ((row, _), (words, _)), out in zip(jobs.items(), outs):
         for label, changes in claim.sampling.items():
@@ -312,7 +314,10 @@ def main(argv=None):
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--steps", type=int, default=0, help="steps of every run, to try it out")
     parser.add_argument("--out", default="out/claims")
+    parser.error = common.fail
     args = parser.parse_args(argv)
+    if min(args.seeds, args.jobs, args.samples - 1) < 1:
+        common.fail("--seeds and --jobs must be at least 1, --samples at least 2")
     for name in args.names:
         if name not in CLAIMS:
             common.fail(f"unknown claim {name!r}; the claims are {', '.join(CLAIMS)}")
