@@ -55,7 +55,8 @@ SCT = "sct.py --steps 1200 --stage_steps 60"
 MULTISTEP = "multistep_cm.py --dataset gmm64"
 DIRECT = "direct_cm.py --lr_cooldown 0 --ema_sigma_rel 0 --ema_halflife 0 --batch 128"
 DIRECT_TOY = f"{DIRECT} --lr 1e-4 --teacher {{first}} --steps 50"
-GUIDED = "scm.py --mode diffusion --steps 3000 --conditional true --label_dropout 0.1"
+DIFFUSION = "scm.py --mode diffusion --steps 3000"
+GUIDED = f"{DIFFUSION} --conditional true --label_dropout 0.1"
 TEACHER = "out/scm-folder-diffusion"
 IMAGES = "--dataset folder --image_size 16 --dtype bf16"
 MODES = {"scd": "", "sct": "--mode sct"}
@@ -99,7 +100,7 @@ CLAIMS = {
         grid(f"{SCM} --init {{first}} --lr_cooldown 0",
              steps={f"{n} steps": f"--steps {n}" for n in (50, 200, 800)},
              ema={"without average": "--ema_sigma_rel 0 --ema_halflife 0", "width 0.05": "",
-                  "half-life 5e5": "--ema_sigma_rel 0"}), first="scm.py --mode diffusion --steps 3000"),
+                  "half-life 5e5": "--ema_sigma_rel 0"}), first=DIFFUSION),
     "ict": Claim(
         "iCT: CT is right only if its target has no average",
         grid("cm.py --mode ct --steps 2000", mu={"average, mu = 0.9": "--mu 0.9", "live": "--mu 0"})),
@@ -154,8 +155,8 @@ CLAIMS = {
     "direct-intervals": Claim(
         'Direct CM, Fig. 3 (one step): at every N, "Direct CMs solve the PF ODE more accurately, yet CMs '
         'produce higher quality images"',
-        grid(DIRECT_TOY, student=STUDENTS, N={str(N): f"--intervals {N}" for N in (25, 50, 100)}),
-        nfe=(1, 2, 4), first=GUIDED, chart="number"),
+        grid(DIRECT_TOY, student=STUDENTS, N={str(N): f"--intervals {N}" for N in (20, 50, 100)}),
+        nfe=(1, 2, 4), first=DIFFUSION, chart="number"),
     "direct-guidance": Claim(
         "Direct CM, Fig. 4 (one step): the same at every strength of guidance w, with N = 50",
         grid(f"{DIRECT_TOY} --intervals 50", student=STUDENTS, w={
@@ -174,7 +175,8 @@ def measure(out, nfe, args):
     direct = ckpt["script"] == "direct_cm"
     if direct and ckpt["config"]["dataset"] == "gmm":
         cfg = common.make_config(direct_cm.Config, ckpt["config"])
-        E, *distances = direct_cm.compare(cfg, [out])[Path(out).name]
+        with contextlib.redirect_stdout(None):
+            E, *distances = direct_cm.compare(cfg, [out])[Path(out).name]
         return {f"{n} NFE": value for n, value in zip((1, 2, 4), distances)} | dict(E=E)
     options = argparse.Namespace(**vars(args.eval) | dict(reference="teacher" if direct else None))
     for (_, n), (values, _) in evaluation.evaluate(out, nfe, options, args.tools, "cpu").items():
