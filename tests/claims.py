@@ -36,7 +36,7 @@ class Claim:
     nfe: tuple = (1, 2)  # network evaluations of the columns, but for runs that are made for one number
     first: str = ""  # a run whose folder replaces {first} in the commands
     sampling: dict = field(default_factory=lambda: {"": {}})  # what sampling varies: a row for each
-    chart: str = ""  # "step" draws the tangent and E over training; "number" quality over a name's last word
+    chart: str = ""  # "training": tangent and E over its steps; "N": quality over N, a name's last word
     extra: str = ""  # flags for all runs
 
 
@@ -71,10 +71,10 @@ STUDENTS = {mode: f"--mode {mode}" for mode in ("cm", "direct")}
 CLAIMS = {
     "tangent": Claim(
         'sCM, Fig. 5a: "either normalization or clipping leads to substantial improvements"',
-        grid(SCM, mode=MODES, tangent=TANGENTS), chart="step"),
+        grid(SCM, mode=MODES, tangent=TANGENTS), chart="training"),
     "tangent-images": Claim(
         'sCM, Fig. 5a: "either normalization or clipping leads to substantial improvements"',
-        grid(f"scm.py {IMAGES} --teacher {TEACHER} --steps 100 --warmup 0", tangent=TANGENTS)),
+        grid(f"scm.py {IMAGES} --teacher {TEACHER} --steps 100 --lr 2e-3 --warmup 0", tangent=TANGENTS)),
     "weighting": Claim(
         'sCM, Fig. 5b: the adaptive weight "outperforms manually designed weighting functions"',
         grid(SCM, mode=MODES, weight={name: f"--weighting {name}" for name in ("none", "adaptive")})),
@@ -82,7 +82,7 @@ CLAIMS = {
         'sCM, Fig. 5c: quality "degrades once N becomes too large (after N>1024)"; continuous-time CMs '
         '"significantly outperform discrete-time CMs across all N\'s"',
         {"scd": SCM} | {f"dscd {N}": f"{SCM} --mode dscd --intervals {N}"
-                        for N in (4, 16, 64, 256, 1024, 65536)}, chart="number"),
+                        for N in (4, 16, 64, 256, 1024, 65536)}, chart="N"),
     "embedding": Claim(
         'sCM, Sec. 4.1: "large Fourier scales in Fourier embeddings cause instabilities" (Fig. 4), '
         'c_noise = t, and double normalization, without which training may diverge',
@@ -90,7 +90,7 @@ CLAIMS = {
             "the paper's": "", "c_noise log": "--c_noise log", "fourier, 16": "--emb fourier --emb_scale 16",
             "single norm": "--double_norm false",
             "all three": "--c_noise log --emb fourier --emb_scale 16 --double_norm false"},
-            tangent={name: TANGENTS[name] for name in ("raw", "normalize")}), chart="step"),
+            tangent={name: TANGENTS[name] for name in ("raw", "normalize")}), chart="training"),
     "warmup": Claim(
         'sCM, Sec. 4.2: warm-up "does not affect sample quality but may reduce some gradient spikes"',
         grid(SCM, tangent={name: TANGENTS[name] for name in ("raw", "normalize")},
@@ -139,7 +139,7 @@ CLAIMS = {
         "Multistep CM, Table 1 (ImageNet-64, small, cd): FID 4.3, 2.0, 1.7, 1.6, 1.5 in 1 to 16 steps. "
         "Table 4: a DDIM teacher is better in 1 and 2 steps (3.91, 1.99 against aDDIM's 4.35, 2.02), an "
         "aDDIM teacher in 4 to 16 (1.68, 1.58, 1.54 against 1.77, 1.70, 1.72)",
-        grid(MULTISTEP, solver=SOLVERS, steps=STEPS), nfe=(), chart="number"),
+        grid(MULTISTEP, solver=SOLVERS, steps=STEPS), nfe=(), chart="student steps"),
     "annealing": Claim(
         "Multistep CM, Table 2 (1 and 4 steps): 64 to 1,280 annealed teacher steps 7.0, 2.3, constant "
         "ones of 128: 8.8, 5.0, of 256: 7.6, 3.5, of 1,024: 10.8, 2.6",
@@ -156,11 +156,11 @@ CLAIMS = {
         'Direct CM, Fig. 3 (one step): at every N, "Direct CMs solve the PF ODE more accurately, yet CMs '
         'produce higher quality images"',
         grid(DIRECT_TOY, student=STUDENTS, N={str(N): f"--intervals {N}" for N in (20, 50, 100)}),
-        nfe=(1, 2, 4), first=DIFFUSION, chart="number"),
+        nfe=(1, 2, 4), first=DIFFUSION, chart="N"),
     "direct-guidance": Claim(
         "Direct CM, Fig. 4 (one step): the same at every strength of guidance w, with N = 50",
         grid(f"{DIRECT_TOY} --intervals 50", student=STUDENTS, w={
-            str(w): f"--guidance {w}" for w in (1, 4, 8)}), nfe=(1, 2, 4), first=GUIDED, chart="number"),
+            str(w): f"--guidance {w}" for w in (1, 4, 8)}), nfe=(1, 2, 4), first=GUIDED, chart="w"),
     "direct-images": Claim(
         "Direct CM, Table 1 (DDIM, one step): mean square E 0.25 against CM's 0.29, FID 158.6 against 103.9",
         grid(f"{DIRECT} {IMAGES} --lr 1e-3 --teacher {TEACHER} --intervals 20 --steps 80", student=STUDENTS),
@@ -207,11 +207,11 @@ def training(folder, key):
             if len(v) == len(logs)]
 
 
-def draw(name, claim, folders, cells, path):
+def draw(claim, folders, cells, path):
     """The claim's chart: over training, or over the number that ends a row's name. A row without one is a
     level line."""
     pictures = {}
-    if claim.chart == "step":
+    if claim.chart == "training":
         for key, title in (("tangent_rms", "RMS of the tangent"), ("ode_error", "E")):
             lines = {row: line for row, folder in folders.items() if (line := training(folder, key))}
             pictures[f"{title} over training steps"] = common.chart(lines, "y", (520, 300))
@@ -224,7 +224,7 @@ def draw(name, claim, folders, cells, path):
                 v, label = columns[key], row.rsplit(" ", 1)[0] if row in numbered else row
                 for x in [numbered[row]] if row in numbered else (ends[0], ends[-1]):
                     lines.setdefault(label, []).append((x, sum(v) / len(v), min(v), max(v)))
-            pictures[f"{title} over {name}"] = common.chart(lines, "xy")
+            pictures[f"{title} over {claim.chart}"] = common.chart(lines, "xy")
     common.panels(pictures, path)
 
 
@@ -269,11 +269,14 @@ def run(name, args):
     extra = f" {claim.extra}" + f" --data {args.data}" * name.endswith("-images")
     extra += f" --steps {args.steps}" if args.steps else ""
     first = evaluation.train_once(claim.first + extra, str(root / "first")) if claim.first else ""
+    for kept in root.glob("*/command.txt") if first else ():
+        if kept.stat().st_mtime < Path(first, "command.txt").stat().st_mtime:
+            kept.unlink()  # a student of an earlier first run
     jobs = {}
     for seed in range(args.seeds):
         for row, command in claim.runs.items():
             words = command.format(first=first) + extra + f" --seed {seed}"
-            if claim.chart == "step":
+            if claim.chart == "training":
                 steps = int(words.split("--steps ")[-1].split()[0])
                 words += f" --log_every 10 --sample_every {max(1, steps // 5)}"
             jobs[row, seed] = words, str(root / f"{row}-{seed}")
@@ -302,7 +305,7 @@ def run(name, args):
     (root / "cells.json").write_text(json.dumps(cells, indent=1))
     show(name, cells)
     if claim.chart:
-        draw(name, claim, folders, cells, root / "chart.png")
+        draw(claim, folders, cells, root / "chart.png")
         print(f"\nwrote {root}/chart.png")
 
 

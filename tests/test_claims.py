@@ -57,6 +57,7 @@ def test_a_straight_line_of_a_chart():
 
 
 def test_ticks_are_round_and_within_the_range():
-    for low, high, log in ((0, 1500, False), (0.0213, 0.34, True), (4, 65_536, True), (-3, 2, False)):
+    for low, high, log in ((0, 1500, False), (0.0213, 0.34, True), (4, 65_536, True), (-3, 2, False),
+                           (0.256, 0.299, True)):
         found = common.ticks(low, high, log)
         assert 2 <= len(found) <= 12 and all(low <= v <= high and float(f"{v:.2g}") == v for v in found)
