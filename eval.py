@@ -56,7 +56,7 @@ TOY = dict(scm=("diffusion", "scd", "sct", "dscd"), cm=("cd", "ct", "ict", "ctcd
 
 
 # ------------------------------------------------------------------------------------------------- samples
-def open_run(path, prompts, device):
+def open_run(path, prompts, seed, device):
     """A run folder, checkpoint or .npz as (its columns of the table, cfg, draw(nfe, lo, hi) -> x, x0, noise,
     y).
 
@@ -96,7 +96,7 @@ def open_run(path, prompts, device):
         return common.solve(guided, noise, common.ode_times(18, cfg.sigma_d), y, cfg.sigma_d)
 
     def draw(nfe, lo, hi):
-        noise, y, gen = common.noise_and_labels(cfg, net, lo, hi, 0, device)
+        noise, y, gen = common.noise_and_labels(cfg, net, lo, hi, seed, device)
         x0 = solution(noise, y) if nfe == "teacher" else script.sample(net, noise, y, nfe, cfg, gen)
         x = x0 if x0.ndim == 2 else common.to_pixels(x0, cfg)
         return x.cpu(), x0.cpu(), noise.cpu(), None if y is None else y.cpu()
@@ -402,7 +402,7 @@ def read_prompts(path):
 @torch.no_grad()
 def evaluate(path, nfes, args, tools, device):
     """Rows of the table and pictures of a run, {(run, NFE): (row, picture)}; filled on rank 0 alone."""
-    columns, cfg, draw = open_run(path, tools.prompts, device)
+    columns, cfg, draw = open_run(path, tools.prompts, args.seed, device)
     n, results = min(columns.pop("n", args.samples), len(tools.prompts or range(args.samples))), {}
     if n < 2:
         fail(f"{path}: {n} samples have no spread to measure: at least 2 are needed")
@@ -531,6 +531,7 @@ def parse_args(argv):
     parser.add_argument("runs", nargs="*", help="run folders, or .npz files of samples")
     parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4], help="network evaluations [1 2 4]")
     parser.add_argument("--samples", type=int, default=5000, help="samples of a run [5000]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise that samples start from [0]")
     parser.add_argument("--batch", type=int, default=250, help="samples that a process takes at once [250]")
     parser.add_argument("--reference", help="images, statistics, or teacher [each run's own data]")
     parser.add_argument("--image_size", type=int, default=0, help="size of --reference [the run's]")

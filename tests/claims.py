@@ -38,6 +38,7 @@ class Claim:
     sampling: dict = field(default_factory=lambda: {"": {}})  # what sampling varies: a row for each
     chart: str = ""  # "training": tangent and E over its steps; "N": quality over N, a name's last word
     extra: str = ""  # flags for all runs
+    noise: bool = False  # seeds are of the noise that samples start from, too
 
 
 def grid(command, **choices):
@@ -92,7 +93,8 @@ CLAIMS = {
             "all three": "--c_noise log --emb fourier --emb_scale 16 --double_norm false"},
             tangent={name: TANGENTS[name] for name in ("raw", "normalize")}), chart="training"),
     "warmup": Claim(
-        'sCM, Sec. 4.2: warm-up "does not affect sample quality but may reduce some gradient spikes"',
+        'sCM, Sec. 4.2, on warm-up: "the tangent normalization [sic] does not affect sample quality but may '
+        'reduce some gradient spikes"',
         grid(SCM, tangent={name: TANGENTS[name] for name in ("raw", "normalize")},
              warmup={"at once": "--warmup 0", "over 300 steps": "--warmup 300"}), extra="--log_every 1"),
     "average": Claim(
@@ -134,7 +136,7 @@ CLAIMS = {
         "Multistep CM, Sec. 3.2, as above. The rows are one teacher: Heun takes a step less than the column",
         {"teacher": f"multistep_cm.py {IMAGES} --init {TEACHER} --mode diffusion --steps 1 --lr 1e-12"},
         sampling={solver: dict(solver=solver) for solver in ("ddim", "addim", "heun")} | {
-            "addim, x_var measured": dict(solver="addim", x_var_data=True)}, nfe=(4, 8, 16)),
+            "addim, x_var measured": dict(solver="addim", x_var_data=True)}, nfe=(4, 8, 16), noise=True),
     "segments": Claim(
         "Multistep CM, Table 1 (ImageNet-64, small, cd): FID 4.3, 2.0, 1.7, 1.6, 1.5 in 1 to 16 steps. "
         "Table 4: a DDIM teacher is better in 1 and 2 steps (3.91, 1.99 against aDDIM's 4.35, 2.02), an "
@@ -148,7 +150,8 @@ CLAIMS = {
     "pd": Claim(
         'Multistep CM, Sec. 5.1: "a 4-step PD model attains an FID of 2.4 whereas CD achieves 1.7"',
         grid(f"{MULTISTEP} --init {{first}}", mode={"cd": "", "pd": "--mode pd"},
-             steps={k: STEPS[k] for k in ("1", "2", "4", "8")}), nfe=(), first=f"{MULTISTEP} --mode diffusion"),
+             steps={k: STEPS[k] for k in ("1", "2", "4", "8")}), nfe=(),
+        first=f"{MULTISTEP} --mode diffusion"),
     "addim-images": Claim(
         "Multistep CM, Table 4, as for segments",
         grid(f"multistep_cm.py {IMAGES} --teacher {TEACHER} --steps 80", solver=SOLVERS, steps=FEW), nfe=()),
@@ -162,13 +165,13 @@ CLAIMS = {
         grid(f"{DIRECT_TOY} --intervals 50", student=STUDENTS, w={
             str(w): f"--guidance {w}" for w in (1, 4, 8)}), nfe=(1, 2, 4), first=GUIDED, chart="w"),
     "direct-images": Claim(
-        "Direct CM, Table 1 (DDIM, one step): mean square E 0.25 against CM's 0.29, FID 158.6 against 103.9",
+        "Direct CM, Table 1 (DDIM, one step): E 0.25 against CM's 0.29, FID 158.6 against 103.9",
         grid(f"{DIRECT} {IMAGES} --lr 1e-3 --teacher {TEACHER} --intervals 20 --steps 80", student=STUDENTS),
         nfe=(1, 2, 4)),
 }
 
 
-def measure(out, nfe, args):
+def measure(out, nfe, args, seed=0):
     """{column: value} of a finished run. What Direct CM samples is compared, as in the paper, with what its
     teacher samples."""
     ckpt, row = common.read_checkpoint(out), {}
@@ -178,13 +181,13 @@ def measure(out, nfe, args):
         with contextlib.redirect_stdout(None):
             E, *distances = direct_cm.compare(cfg, [out])[Path(out).name]
         return {f"{n} NFE": value for n, value in zip((1, 2, 4), distances)} | dict(E=E)
-    options = argparse.Namespace(**vars(args.eval) | dict(reference="teacher" if direct else None))
+    options = argparse.Namespace(**vars(args.eval) | dict(reference="teacher" if direct else None, seed=seed))
     for (_, n), (values, _) in evaluation.evaluate(out, nfe, options, args.tools, "cpu").items():
         if n != "teacher":
             row[f"{n} NFE"] = values.get("energy_distance", values.get("frechet_distance"))
             if "ode_error" in values:
                 row.setdefault("E", values["ode_error"])
-    gradients = [value for step, value, _, _ in training([out], "grad_norm") if step > 50]  # without the start
+    gradients = [value for step, value, _, _ in training([out], "grad_norm") if step > 50]  # not the start
     if len(gradients) > 500:  # every step was logged
         row["largest gradient over the median"] = max(gradients) / sorted(gradients)[len(gradients) // 2]
     return row
@@ -291,11 +294,11 @@ def run(name, args):
     if not any(outs):
         common.fail(f"{name}: no run came to its end; the lines above say why")
     cells, folders = {}, {}
-    for ((row, _), (words, _)), out in zip(jobs.items(), outs):
+    for ((row, seed), (words, _)), out in zip(jobs.items(), outs):
         for label, changes in claim.sampling.items():
             at = variant(out, changes) if changes and out else out
             own = own_steps(words.split())
-            values = measure(at, own or claim.nfe, args) if out else {"stopped": 1}
+            values = measure(at, own or claim.nfe, args, seed * claim.noise) if out else {"stopped": 1}
             if not claim.nfe and own and out:
                 values = {"quality": values.pop(f"{own[0]} NFE")} | values
             for column, value in values.items():
