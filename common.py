@@ -2080,6 +2080,7 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
     columns = {}
     metrics = dict(seconds=round(time.time() - run.began, 1), steps=step)
     if step == cfg.steps:
+        run.bar.n = step  # tqdm itself lags behind, and would end below 100 %
         run.bar.close()
     tqdm.write("drawing samples" + (" and solving the ODE exactly, about 4 s" if toy else ""))
     if toy:

@@ -16,7 +16,7 @@ BUDGET = dict(  # lines, from the plan; where it is missed, the number reached a
     multistep_cm=411,  # 350: pd as cd between other times
     cm=463,  # 385: the seven edits as one, of which denoise, interpolate and blend take one step
     direct_cm=385,
-    common=2502,  # 1,630: JVP rules, locks and checks of input came on top; EDM's files could be one table
+    common=2503,  # 1,630: JVP rules, locks and checks of input came on top; EDM's files could be one table
     eval=586)  # 440: points, images and text measured through one interface
 BANNERS = ["imports", "Config", "PRESETS", "process: times and noise", "consistency function f", "loss",
            "sampler", "train", "extras", "main"]
