@@ -160,6 +160,13 @@ def test_toy_runs(train):
     assert Path("out.d/eval.png").exists()
 
 
+def test_the_seed_is_that_of_the_noise(train):
+    """Another seed draws other samples of the same run, and the same seed the same."""
+    train("--steps", 1, "--channels", 16, "--out", "toy")
+    a, b, c = (rows("toy", "--samples", 300, "--nfe", 1, "--seed", s)[0]["ode_error"] for s in (0, 1, 1))
+    assert a != b == c
+
+
 def test_runs_of_one_name_are_told_apart(train):
     """a/run and b/run: a row, a panel and a file of samples each."""
     for name in ("a/run", "b/run"):
