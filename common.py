@@ -1947,7 +1947,7 @@ def panels(columns, path, across=0):
 
 def ticks(low, high, log):
     """Round numbers between low and high, for an axis."""
-    if log and high > 3 * low or high == low:
+    if (log and high > 3 * low) or high == low:
         leading = (1, 2, 5) if high < 100 * low else (1,)
         return [m * 10.0**k for k in range(-12, 13) for m in leading if low <= m * 10.0**k <= high]
     step = 10.0 ** math.floor(math.log10(high - low))
