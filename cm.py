@@ -25,43 +25,41 @@ squared distance. The paper's other forms are absent: ||df/dt||^2, differentiate
 """
 # ------------------------------------------------------------------------------------------------- imports
 import common
+import kit
 from common import like
 
 import copy
 import functools
 import math
-import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image
 
 # -------------------------------------------------------------------------------------------------- Config
 EDITS = ("inpaint", "colorize", "superres", "stroke", "denoise", "interpolate", "blend")
 
 
 @dataclass
-class Config(common.Config):
+class Config(kit.Config):
     mode: str = "cd"  # training objective
-    P_mean: float = -1.1  # diffusion: mean of log(t); ict: the same of its distribution over the grid
+    P_mean: float = -1.1  # diffusion, ict: mean of log(t)
     P_std: float = 2.0  # standard deviation of log(t)
-    points: int = 18  # cd: N, points of the grid
-    intervals: int = 1280  # ct, ict: s1, intervals of the grid at the end of training
-    intervals_start: int = 10  # s0: at first the grid has as many points (ct) or intervals (ict)
-    mu: float = 0.0  # decay of the target's average; of ct, the decay at the start; 0 is the live network
+    points: int = kit.flag(18, least=2)  # cd: N, points of the grid
+    intervals: int = kit.flag(1280, least=1)  # ct, ict: s1, intervals of the grid at the end of training
+    intervals_start: int = kit.flag(10, least=1)  # s0: at first the grid has as many points (ct) or intervals
+    mu: float = kit.flag(0.0, most=1)  # decay of the target's average, of ct at first; 0 is the live network
     solver: Literal["heun", "euler", "ddim"] = "heun"  # of cd; euler and ddim are the same here
     metric: Literal["l1", "l2", "huber", "lpips", "lpips_avg"] = "l2"  # distance d; lpips_avg pools by means
     uncertainty: bool = False  # diffusion: learn the loss's weight at each t, as EDM2 does
-    sigmas: tuple = (80.0, 0.8)  # noise levels of the sampler; for more steps, EDM's grid
-    search: bool = False  # find noise levels for --nfe steps of the run in --out, and print them
-    edit: Literal[("", *EDITS)] = ""  # zero-shot editing
-    input: str = ""  # image to edit
-    mask: str = ""  # inpaint: image of the same size, white where the input is kept
-    patch: int = 4  # superres: pixels a side of the patches whose mean is kept
-    other: str = ""  # blend: the second image
-    sigma: float = 0.0  # noise level where editing starts; 0 is 80, or 1 for stroke, denoise and blend
+    sigmas: tuple = kit.flag((80.0, 0.8), implies=lambda v: dict(nfe=len(v)))  # levels of the sampler
+    search: bool = kit.opens(False)  # find noise levels for --nfe steps of the run in --out, and print them
+    edit: Literal[("", *EDITS)] = kit.opens("")  # zero-shot editing
+    input: str = kit.call("")  # image to edit
+    mask: str = kit.call("")  # inpaint: image of the same size, white where the input is kept
+    patch: int = kit.call(4, least=1)  # superres: pixels a side of the patches whose mean is kept
+    other: str = kit.call("")  # blend: the second image
+    sigma: float = kit.call(0.0)  # noise level where editing starts; 0 is 80, or 1 (stroke, denoise, blend)
 
     def needs_steps(self):
         return super().needs_steps() or self.mode in ("ct", "ict")
@@ -69,68 +67,101 @@ class Config(common.Config):
     def distills(self):
         return self.mode in ("cd", "ctcd")
 
+    def loss_bytes(self):
+        return 2**26 if self.metric.startswith("lpips") else 0  # VGG's activations
+
+    def check(self):
+        if self.intervals < self.intervals_start:
+            kit.fail("--intervals must be at least --intervals_start")
+        if not self.sigmas or not all(a > b >= 0.002 for a, b in zip((1e6, *self.sigmas), self.sigmas)):
+            kit.fail("--sigmas must be noise levels that fall, none below 0.002, such as 80,1.4")
+        if self.metric.startswith("lpips") and self.dataset == "gmm":
+            kit.fail("--metric lpips compares images, and --dataset gmm has points")
+        if self.mode == "diffusion" and self.search:
+            kit.fail("--search is for consistency models: a diffusion model has no levels to choose")
+        if 0 < self.sigma < 0.002 or self.edit and self.save.endswith(".npz"):
+            kit.fail("--edit needs --sigma of at least 0.002, and writes a .png")
+        needed = dict(inpaint=("input", "mask"), blend=("input", "other"), interpolate=()) | {"": ()}
+        for flag in needed.get(self.edit, ("input",)):
+            if not getattr(self, flag):
+                kit.fail(f"--edit {self.edit} needs --{flag} IMAGE")
+
 
 # ------------------------------------------------------------------------------------------------- PRESETS
 CT = dict(init="none", mu=0.9, intervals_start=2, intervals=150)
 ICT = dict(init="none", intervals_start=10, intervals=1280, metric="huber", sigmas=(80.0, 0.821))
 PRESETS = {
     "gmm": dict(steps=6000, points=40, c_noise="log", emb_scale=8.0),
-    ("gmm", "cd"): dict(mu=0.9),  # with the live network as the target, samples spread along the ring
+    "gmm --mode cd": dict(mu=0.9),  # with the live network as the target, samples spread along the ring
     "shapes": {},
     "folder": {},
-    ("folder", "cd"): dict(lr=5e-4),  # two steps are better than with 2e-3
-    **{(dataset, "ct"): CT for dataset in ("gmm", "shapes", "folder")},
-    **{(dataset, "ict"): ICT for dataset in ("gmm", "shapes", "folder")},
+    "folder --mode cd": dict(lr=5e-4),  # two steps are better than with 2e-3
+    **{f"{dataset} --mode ct": CT for dataset in ("gmm", "shapes", "folder")},
+    **{f"{dataset} --mode ict": ICT for dataset in ("gmm", "shapes", "folder")},
     # FID of 1 / 2 steps: cd (lpips) 3.55 / 2.93, ct 8.70 / 5.83, ict 2.83 / 2.46
     # DEPARTS: paper NCSN++ for all; here DDPM++
     "cifar10": dict(batch=512, steps=800_000, lr=4e-4, beta2=0.999, ema_halflife=3.5e6, metric="lpips",
                     sigmas=(80.0, 0.585), c_noise="log", flip=True),
-    ("cifar10", "ct"): CT,
-    ("cifar10", "ict"): ICT | dict(batch=1024, steps=400_000, lr=1e-4, dropout=0.3, ema_halflife=1e7),
-    ("cifar10", "ctcd"): dict(lr=5e-6, steps=400_000, dropout=0.3, metric="l2"),
-    ("cifar10", "ctct"): dict(lr=5e-6, steps=400_000, dropout=0.3, metric="l2"),
+    "cifar10 --mode ct": CT,
+    "cifar10 --mode ict": ICT | dict(batch=1024, steps=400_000, lr=1e-4, dropout=0.3, ema_halflife=1e7),
+    "cifar10 --mode ctcd": dict(lr=5e-6, steps=400_000, dropout=0.3, metric="l2"),
+    "cifar10 --mode ctct": dict(lr=5e-6, steps=400_000, dropout=0.3, metric="l2"),
     # FID of 1 / 2 steps: cd 6.20 / 4.70, ct 13.0 / 11.1, ict 4.02 / 3.20
-    # DEPARTS: paper ADM's U-Net and a teacher by EDM's recipe; here EDM2's, in size S (see common.py)
+    # DEPARTS: paper ADM's U-Net and a teacher by EDM's recipe; here EDM2's, in size S (see kit/config.py)
     "imagenet64": dict(steps=600_000, lr=8e-6, optimizer="radam", beta2=0.999, ema_sigma_rel=0.0,
                        ema_halflife=25e6, points=40, mu=0.95, metric="lpips_avg", sigmas=(80.0, 1.382),
                        flip=True, dtype="fp16"),
-    ("imagenet64", "diffusion"): dict(mu=0.0),
+    "imagenet64 --mode diffusion": dict(mu=0.0),
     # DEPARTS: paper trains these two on CIFAR-10 alone; here its learning rate stands for want of another
-    ("imagenet64", "ctcd"): dict(mu=0.0, lr=5e-6, metric="l2"),
-    ("imagenet64", "ctct"): dict(mu=0.0, lr=5e-6, metric="l2"),
-    ("imagenet64", "ct"): dict(init="none", steps=800_000, lr=1e-4, intervals_start=2, intervals=200,
-                               sigmas=(80.0, 1.913)),
-    ("imagenet64", "ict"): ICT | dict(batch=4096, steps=800_000, lr=1e-4, mu=0.0, dropout=0.2,
-                                      ema_halflife=9.5e7, sigmas=(80.0, 1.526)),
+    "imagenet64 --mode ctcd": dict(mu=0.0, lr=5e-6, metric="l2"),
+    "imagenet64 --mode ctct": dict(mu=0.0, lr=5e-6, metric="l2"),
+    "imagenet64 --mode ct": dict(init="none", steps=800_000, lr=1e-4, intervals_start=2, intervals=200,
+                                 sigmas=(80.0, 1.913)),
+    "imagenet64 --mode ict": ICT | dict(batch=4096, steps=800_000, lr=1e-4, mu=0.0, dropout=0.2,
+                                        ema_halflife=9.5e7, sigmas=(80.0, 1.526)),
 }
 
 
 # --------------------------------------------------------------------------------- process: times and noise
-def schedule(step, cfg):
-    """Points N(k) of the grid and decay mu(k) of the target's average at step k.
-
-    ct lets N grow with the square root and mu approach 1; ict doubles N and has no average."""
-    # DEPARTS: paper exp(s0 log(mu0) / N(k)); here N(k) - 1, as in OpenAI's code, which made its results
+def grid_points(step, cfg):
+    """N(k), points of the grid at step k. Of ct it grows with the square root, of ict it doubles."""
     s0, s1, k = cfg.intervals_start, cfg.intervals, min(step / cfg.steps, 1)
     if cfg.mode == "ct":
-        n = max(1, math.ceil(math.sqrt(k * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1))
-        return n + 1, math.exp(s0 * math.log(cfg.mu) / n) if cfg.mu else 0.0
+        return max(1, math.ceil(math.sqrt(k * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1)) + 1
     if cfg.mode == "ict":
         stage = max(1, int(cfg.steps / (math.log2(s1 // s0) + 1)))
-        return min(s0 * 2 ** (min(step, cfg.steps) // stage), s1) + 1, 0.0
-    return cfg.points, cfg.mu
+        return min(s0 * 2 ** (min(step, cfg.steps) // stage), s1) + 1
+    return cfg.points
+
+
+def target_decay(step, cfg):
+    """mu(k), decay of the target's average at step k; 0 is the live network. Of ct it approaches 1."""
+    # DEPARTS: paper exp(s0 log(mu0) / N(k)); here N(k) - 1, as in OpenAI's code, which made its results
+    if cfg.mode == "ct" and cfg.mu:
+        return math.exp(cfg.intervals_start * math.log(cfg.mu) / (grid_points(step, cfg) - 1))
+    return 0.0 if cfg.mode == "ict" else cfg.mu
 
 
 def times(gen, step, cfg):
-    """Levels t > s, (B,) float64, next to each other on EDM's grid of N(step) points. Each pair is equally
+    """Levels t > s, (B,) float64, next to each other on EDM's grid of N(k) points. Each pair is equally
     likely or, for ict, as likely as the log-normal has mass in it."""
-    n, _ = schedule(step, cfg)
-    grid = common.karras(n).to(gen.device)  # descending: pair i is (grid[i], grid[i + 1])
-    i = gen.index(n - 1)
+    grid = common.karras(grid_points(step, cfg)).to(gen.device)  # falling: pair i is (grid[i], grid[i + 1])
     if cfg.mode == "ict":
-        mass = torch.erf((grid.log() - cfg.P_mean) / (math.sqrt(2) * cfg.P_std)).diff().neg().cumsum(0)
-        i = torch.searchsorted(mass, gen.uniform() * mass[-1])
+        i = common.lognormal_index(gen, grid, cfg.P_mean, cfg.P_std)
+    else:
+        i = gen.index(len(grid) - 1)
     return grid[i], grid[i + 1]
+
+
+def noisy(x0, t, gen, cfg):
+    """x_t, and the noise z in it."""
+    z = gen.normal(*x0.shape[1:])
+    return x0 + like(t, x0) * z, z
+
+
+def continuous_times(gen):
+    """t (B,) float64, uniform on EDM's grid as N -> infinity."""
+    return common.karras(2**14).to(gen.device)[gen.index(2**14)]
 
 
 @torch.no_grad()
@@ -171,7 +202,7 @@ def vgg(device, pool):
     try:
         import lpips as package
     except ImportError:
-        common.fail("--metric lpips needs a package that is not in requirements.txt: pip install lpips")
+        kit.fail("--metric lpips needs a package that is not in requirements.txt: pip install lpips")
     net = package.LPIPS(net="vgg", verbose=False)
     for part in list(net.net.modules()):
         for name, layer in part.named_children():
@@ -181,18 +212,14 @@ def vgg(device, pool):
 
 
 def lpips(a, b, pool=torch.nn.MaxPool2d):
-    """LPIPS of images enlarged to 224 pixels, as in OpenAI's code."""
+    """LPIPS of images enlarged to 224 pixels, as in OpenAI's code. lpips_avg has the average pooling of its
+    ImageNet runs (piq's LPIPS with replace_pooling)."""
     a, b = (torch.nn.functional.interpolate(x, 224, mode="bilinear") if x.shape[-1] < 256 else x
             for x in (a, b))
     return vgg(a.device, pool)(a, b).flatten()
 
 
-def lpips_avg(a, b):
-    """The same with average pooling, as in OpenAI's ImageNet runs (piq's LPIPS with replace_pooling)."""
-    return lpips(a, b, torch.nn.AvgPool2d)
-
-
-def huber(a, b):
+def pseudo_huber(a, b):
     """Pseudo-Huber of the sample's norm, with c = 0.00054 sqrt(D) (iCT)."""
     c = 0.00054 * math.sqrt(a[0].numel())
     return ((a - b).square().flatten(1).sum(1) + c**2).sqrt() - c
@@ -200,14 +227,15 @@ def huber(a, b):
 
 METRICS = {"l1": lambda a, b: (a - b).abs().flatten(1).mean(1),
            "l2": lambda a, b: (a - b).square().flatten(1).mean(1),
-           "huber": huber, "lpips": lpips, "lpips_avg": lpips_avg}
+           "huber": pseudo_huber, "lpips": lpips,
+           "lpips_avg": functools.partial(lpips, pool=torch.nn.AvgPool2d)}
 
 
 def diffusion(net, target, teacher, x0, y, step, cfg, gen):
     """EDM's loss: log-normal t, and the weight that gives F's target unit variance. With --uncertainty,
     EDM2's learned e^w on top of it."""
     t = (cfg.P_mean + cfg.P_std * gen.normal(dtype=torch.float64)).exp()
-    x_t = x0 + like(t, x0) * gen.normal(*x0.shape[1:])
+    x_t, _ = noisy(x0, t, gen, cfg)
     gen.same_dropout()
     weight = (t**2 + cfg.sigma_d**2) / (t * cfg.sigma_d) ** 2
     D, w = denoise(net, x_t, t, y, cfg, return_w=True)
@@ -225,33 +253,9 @@ def consistency(net, target, x_t, t, x_s, s, y, cfg, gen, weight=1.0):
     return (weight * METRICS[cfg.metric](prediction, goal)).mean(), {}
 
 
-def cd(net, target, teacher, x0, y, step, cfg, gen):
-    """Consistency distillation."""
-    t, s = times(gen, step, cfg)
-    x_t = x0 + like(t, x0) * gen.normal(*x0.shape[1:])
-    x_s = ode_step(teacher, x_t, t, s, y, cfg)
-    return consistency(net, target, x_t, t, x_s, s, y, cfg, gen)
-
-
-def ct(net, target, teacher, x0, y, step, cfg, gen):
-    """Consistency training, and iCT with its weight 1 / (t - s)."""
-    t, s = times(gen, step, cfg)
-    z = gen.normal(*x0.shape[1:])
-    x_t, x_s = x0 + like(t, x0) * z, x0 + like(s, x0) * z
-    weight = 1 / (t - s) if cfg.mode == "ict" else 1.0
-    loss, info = consistency(net, target, x_t, t, x_s, s, y, cfg, gen, weight)
-    return loss, info | dict(points=schedule(step, cfg)[0])
-
-
-def continuous(net, target, teacher, x0, y, step, cfg, gen):
-    """f^T sg(df^-/dt), for l2 (Remark 10), with t uniform on EDM's grid. The value means nothing; the
+def tangent_loss(net, target, x_t, t, clean, y, cfg, gen):
+    """f^T sg(df^-/dt), for l2 (Remark 10), along dx_t/dt = (x_t - clean) / t. The value means nothing; the
     gradient is D times the limit of the discrete one, a mean over D elements, over 2 (t - s)."""
-    t = common.karras(2**14).to(gen.device)[gen.index(2**14)]
-    x_t = x0 + like(t, x0) * gen.normal(*x0.shape[1:])
-    clean = x0
-    if cfg.mode == "ctcd":
-        with torch.no_grad():
-            clean = denoise(teacher, x_t, t, y, cfg)
     gen.same_dropout()
     _, df = common.jvp(lambda x, t: f(target, x, t, y, cfg), (x_t, t),
                        ((x_t - clean) / like(t, x_t), torch.ones_like(t)))
@@ -260,7 +264,46 @@ def continuous(net, target, teacher, x0, y, step, cfg, gen):
     return loss, dict(tangent_rms=df.square().mean().sqrt())
 
 
-LOSSES = {"diffusion": diffusion, "cd": cd, "ct": ct, "ict": ct, "ctcd": continuous, "ctct": continuous}
+def cd(net, target, teacher, x0, y, step, cfg, gen):
+    """Consistency distillation."""
+    t, s = times(gen, step, cfg)
+    x_t, _ = noisy(x0, t, gen, cfg)
+    x_s = ode_step(teacher, x_t, t, s, y, cfg)
+    return consistency(net, target, x_t, t, x_s, s, y, cfg, gen)
+
+
+def ct(net, target, teacher, x0, y, step, cfg, gen, weighted=False):
+    """Consistency training: x_t and x_s share the noise."""
+    t, s = times(gen, step, cfg)
+    x_t, z = noisy(x0, t, gen, cfg)
+    x_s = x0 + like(s, x0) * z
+    weight = 1 / (t - s) if weighted else 1.0
+    loss, info = consistency(net, target, x_t, t, x_s, s, y, cfg, gen, weight)
+    return loss, info | dict(points=grid_points(step, cfg))
+
+
+def ict(*inputs):
+    """Improved consistency training: ct with the weight 1 / (t - s), on a grid and at times of its own."""
+    return ct(*inputs, weighted=True)
+
+
+def ctcd(net, target, teacher, x0, y, step, cfg, gen):
+    """Continuous-time consistency distillation: the teacher's D gives the slope dx_t/dt."""
+    t = continuous_times(gen)
+    x_t, _ = noisy(x0, t, gen, cfg)
+    with torch.no_grad():
+        clean = denoise(teacher, x_t, t, y, cfg)
+    return tangent_loss(net, target, x_t, t, clean, y, cfg, gen)
+
+
+def ctct(net, target, teacher, x0, y, step, cfg, gen):
+    """Continuous-time consistency training: the slope is the sample's own, from x_0."""
+    t = continuous_times(gen)
+    x_t, _ = noisy(x0, t, gen, cfg)
+    return tangent_loss(net, target, x_t, t, x0, y, cfg, gen)
+
+
+LOSSES = {"diffusion": diffusion, "cd": cd, "ct": ct, "ict": ict, "ctcd": ctcd, "ctct": ctct}
 
 
 # ------------------------------------------------------------------------------------------------- sampler
@@ -282,14 +325,14 @@ def sample(net, noise, y, nfe, cfg, gen):
 
 # --------------------------------------------------------------------------------------------------- train
 def train(cfg):
-    run = common.Run(cfg)
-    data = common.dataset(cfg, run.device)  # <- method
-    teacher = common.load_teacher(cfg, data, run.device)  # <- method
+    run = kit.Run(cfg)
+    data = kit.dataset(cfg, run.device)
+    teacher = kit.load_teacher(cfg, data, run.device)  # <- method
     head = cfg.uncertainty and cfg.mode == "diffusion"  # <- method
-    net = common.network(cfg, data, run.device, head=head)  # <- method
-    target = copy.deepcopy(net) if schedule(0, cfg)[1] else net  # <- method: an average, or the live network
+    net = kit.network(cfg, data, run.device, head=head)  # <- method
+    target = copy.deepcopy(net) if target_decay(0, cfg) else net  # <- method: an average, or the live network
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = common.make_optimizer(net, cfg)
+    optimizer = kit.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
     state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
     start = run.resume(state) if cfg.resume else 0
@@ -310,9 +353,9 @@ def train(cfg):
         total = run.mean(total)
         if run.finite(total, grad_norm):
             scaler.step(optimizer)
-            common.normalize_weights(net)
-            common.update_ema(ema, net, step + 1, cfg)
-            common.lerp(target, net, schedule(step, cfg)[1])  # <- method
+            kit.normalize_weights(net)
+            kit.lerp(ema, net, common.ema_beta(step + 1, cfg))
+            kit.lerp(target, net, target_decay(step, cfg))  # <- method
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
@@ -321,24 +364,10 @@ def train(cfg):
         if done % cfg.save_every == 0 or done in (1, cfg.steps):
             run.save(state, done)
         if done % cfg.sample_every == 0 or done == cfg.steps:
-            common.report(cfg, run, done, sample, ema, data, teacher, (1, 2))  # <- method
+            kit.report(cfg, run, done, sample, ema, data, teacher, (1, 2))  # <- method
 
 
 # -------------------------------------------------------------------------------------------------- extras
-def read_image(path, shape):
-    """Image file -> (1, C, H, W) in [-1, 1]; None for "". Ends the program unless it has the network's
-    size."""
-    if not path:
-        return None
-    with common.reading(f"cannot read the image {path}"):
-        image = Image.open(path)
-        image.load()
-    if image.size != tuple(shape[2:0:-1]) or image.mode not in ("RGB", "L", "1"):
-        found = f"{image.width}x{image.height} {image.mode}"
-        common.fail(f"{path} is {found}; the network needs {shape[2]}x{shape[1]} RGB or L")
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
 LUMA = torch.tensor([0.2989, 0.5870, 0.1140])
 
 
@@ -371,7 +400,7 @@ def edit(net, cfg):
 
     The others are one step: denoise from the input itself, interpolate from points on the sphere between two
     noises at level 80, and blend, which is ours, from points between two noised images."""
-    x, other, mask = (read_image(path, net.options["shape"]) for path in (cfg.input, cfg.other, cfg.mask))
+    x, other, mask = (kit.read_image(path, net.options["shape"]) for path in (cfg.input, cfg.other, cfg.mask))
     first = cfg.sigma or (1.0 if cfg.edit in ("stroke", "denoise", "blend") else 80.0)
     y = torch.tensor([max(cfg.label, 0)]) if net.options["classes"] else None
     gen = common.Draw(cfg.seed, 0, 0, 1)
@@ -403,14 +432,16 @@ def edit(net, cfg):
 
 
 @torch.no_grad()
-def search(net, cfg, data, n=2000):
-    """--search: greedily, the level of each further step whose samples come closest to the data."""
-    real, sigmas = data.batch(common.Draw(0, 2**32, 0, n))[0], [80.0]
+def search(cfg, n=2000):
+    """--search: greedily, the level of each further step whose samples come closest to the data. Prints and
+    returns them."""
+    net, (real, _) = kit.load_net(cfg.out), kit.dataset(cfg).batch(common.Draw(0, 2**32, 0, n))
+    shape, sigmas = (net.options["shape"], net.options["classes"]), [80.0]
 
     def distance(sigma):
-        noise, y, gen = common.noise_and_labels(cfg, net, 0, n, 0, "cpu")
+        noise, y, gen = kit.noise_and_labels(cfg, *shape, 0, n, 0, "cpu")
         trial = replace(cfg, sigmas=(*sigmas, sigma))
-        return common.distance(sample(net, noise, y, len(sigmas) + 1, trial, gen), real)
+        return kit.distance(sample(net, noise, y, len(sigmas) + 1, trial, gen), real)
     while len(sigmas) < cfg.nfe:
         lower = [s for s in common.karras(18).tolist() if s < sigmas[-1]]
         if not lower:
@@ -421,42 +452,29 @@ def search(net, cfg, data, n=2000):
     return tuple(sigmas)
 
 
+def write_edit(cfg):
+    """--edit: write a picture of the input, what the network is given of it, and the result."""
+    net, path = kit.load_net(cfg.out), cfg.save or f"{cfg.out}/edit-{cfg.edit}.png"
+    if cfg.label >= max(net.options["classes"], 1):
+        kit.fail(f"--label {cfg.label}: the network has {net.options['classes']} classes")
+    if len(net.options["shape"]) == 1 or net.options["shape"][1] % cfg.patch:
+        kit.fail("--edit needs a run on images, and --patch must divide their size")
+    kit.panels({title: kit.to_pixels(x, cfg) for title, x in edit(net, cfg).items()}, path)
+    print(f"wrote {path}")
+
+
 # ---------------------------------------------------------------------------------------------------- main
 def main(argv=None):
-    cfg = common.parse_args(Config, PRESETS, LOSSES, argv)
-    flags = {word.split("=")[0] for word in (sys.argv if argv is None else argv)}
-    if "--sigmas" in flags and "--nfe" not in flags:
-        cfg.nfe = len(cfg.sigmas)
-    if cfg.points < 2 or cfg.intervals < cfg.intervals_start:
-        common.fail("--points must be at least 2, and --intervals at least --intervals_start")
-    if not cfg.sigmas or not all(a > b >= 0.002 for a, b in zip((1e6, *cfg.sigmas), cfg.sigmas)):
-        common.fail("--sigmas must be noise levels that fall, none below 0.002, such as 80,1.4")
-    if cfg.metric.startswith("lpips") and cfg.dataset == "gmm":
-        common.fail("--metric lpips compares images, and --dataset gmm has points")
-    if cfg.mode == "diffusion" and cfg.search:
-        common.fail("--search is for consistency models: a diffusion model has no levels to choose")
-    if cfg.edit:
-        net, path = common.load_net(cfg.out), cfg.save or f"{cfg.out}/edit-{cfg.edit}.png"
-        needed = {"inpaint": ("input", "mask"), "blend": ("input", "other"), "interpolate": ()}
-        for flag in needed.get(cfg.edit, ("input",)):
-            if not getattr(cfg, flag):
-                common.fail(f"--edit {cfg.edit} needs --{flag} IMAGE")
-        if cfg.label >= max(net.options["classes"], 1):
-            common.fail(f"--label {cfg.label}: the network has {net.options['classes']} classes")
-        if len(net.options["shape"]) == 1 or net.options["shape"][1] % cfg.patch:
-            common.fail("--edit needs a run on images, and --patch must divide their size")
-        if 0 < cfg.sigma < 0.002 or path.endswith(".npz"):
-            common.fail("--edit needs --sigma of at least 0.002, and writes a .png")
-        common.panels({title: common.to_uint8(x) for title, x in edit(net, cfg).items()}, path)
-        print(f"wrote {path}")
-    elif cfg.search:
-        search(common.load_net(cfg.out), cfg, common.dataset(cfg))
-    elif cfg.sample:
-        common.write_samples(cfg, sample)
-    elif cfg.dry_run:
-        common.dry_run(cfg)
-    else:
-        train(cfg)
+    cfg = kit.parse_args(Config, PRESETS, LOSSES, argv)
+    if cfg.edit:  # <- method
+        return write_edit(cfg)  # <- method
+    if cfg.search:  # <- method
+        return search(cfg)  # <- method
+    if cfg.sample:
+        return kit.write_samples(cfg, sample)
+    if cfg.dry_run:
+        return kit.dry_run(cfg)
+    train(cfg)
 
 
 if __name__ == "__main__":

@@ -32,14 +32,13 @@ from the same noise, is
 """
 # ------------------------------------------------------------------------------------------------- imports
 import common
+import kit
 from common import like
 
 import copy
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -47,9 +46,10 @@ import torch
 
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
-class Config(common.Config):
+class Config(kit.Config):
+    maker = "scm"  # of teachers
     mode: str = "both"  # training objective; both trains the two students one after the other
-    intervals: int = 100  # N, solver steps from noise to data; divides 1000
+    intervals: int = kit.flag(100, least=1)  # N, solver steps from noise to data; divides 1000
     hops: int = 0  # cm: solver steps before f^- takes over; 0 is one
     solver: Literal["ddim", "euler", "heun"] = "ddim"  # the teacher's
     guidance: float = 1.0  # w, strength of the teacher's guidance (the paper has 9); 1 is off
@@ -57,6 +57,16 @@ class Config(common.Config):
 
     def distills(self):
         return True
+
+    def check(self):
+        if 1000 % self.intervals:
+            kit.fail(f"--intervals must divide 1000, and {self.intervals} does not")
+        if self.guidance != 1 and not self.conditional:
+            kit.fail("--guidance guides a class-conditional teacher: add --conditional, or leave it at 1")
+        if self.nfe > self.intervals or self.intervals < 4 and not self.sample:
+            kit.fail(f"--intervals {self.intervals} are too few: a sample takes at most one step for each")
+        if self.hops and self.mode != "cm":
+            kit.fail("--hops goes with --mode cm")
 
 
 # ------------------------------------------------------------------------------------------------- PRESETS
@@ -89,14 +99,19 @@ def times(gen, step, cfg):
     return t, (t - (cfg.hops or 1) * stride).clamp(min=0)
 
 
+def noisy(x0, t, gen, cfg):
+    """z_t, and the noise eps in it."""
+    (alpha, sigma), eps = alpha_sigma(t), gen.normal(*x0.shape[1:])
+    return like(alpha, x0) * x0 + like(sigma, x0) * eps, eps
+
+
 def predict(net, z_t, t, y, cfg, guidance=1.0):
     """x_0 and eps of a network or a teacher, for t > 0, with a strength of guidance."""
     alpha, sigma = alpha_sigma(t)
     x_t, angle = common.to_trigflow(z_t, alpha, sigma, cfg.sigma_d)
     F = net(x_t / cfg.sigma_d, angle, y)
     if guidance != 1:
-        F_uncond = net(x_t / cfg.sigma_d, angle, torch.full_like(y, -1))
-        F = F_uncond + guidance * (F - F_uncond)  # linear in eps, at the same z_t
+        F = common.guide(F, net(x_t / cfg.sigma_d, angle, torch.full_like(y, -1)), guidance)  # as of eps
     x_0 = like(angle.cos(), x_t) * x_t - like(angle.sin(), x_t) * cfg.sigma_d * F
     return x_0, (z_t - like(alpha, x_t) * x_0) / like(sigma, x_t)
 
@@ -150,11 +165,6 @@ METRICS = {"l2": lambda a, b: (a - b).square().flatten(1).mean(1),
            "huber": lambda a, b: ((a - b).square() + 0.001**2).sqrt().flatten(1).mean(1) - 0.001}
 
 
-def noisy(x0, t, gen):
-    alpha, sigma = alpha_sigma(t)
-    return like(alpha, x0) * x0 + like(sigma, x0) * gen.normal(*x0.shape[1:])
-
-
 def consistency(net, target, z_t, t, z_s, s, y, cfg, gen):
     """The distance of f at t from f^- at s, with the same dropout masks. At s = 0 that is z_s itself."""
     gen.same_dropout()
@@ -169,7 +179,7 @@ def consistency(net, target, z_t, t, z_s, s, y, cfg, gen):
 def cm(net, target, teacher, x0, y, step, cfg, gen):
     """Consistency distillation (Eq. 4)."""
     t, s = times(gen, step, cfg)
-    z_t = noisy(x0, t, gen)
+    z_t, _ = noisy(x0, t, gen, cfg)
     z_s = solve(teacher, z_t, t, s, y, cfg)
     return consistency(net, target, z_t, t, z_s, s, y, cfg, gen)
 
@@ -177,12 +187,13 @@ def cm(net, target, teacher, x0, y, step, cfg, gen):
 def direct(net, target, teacher, x0, y, step, cfg, gen):
     """Direct CM (Eq. 5): the teacher's own solution at 0, without f^-."""
     t, _ = times(gen, step, cfg)
-    z_t, s = noisy(x0, t, gen), torch.zeros_like(t)
+    s = torch.zeros_like(t)
+    z_t, _ = noisy(x0, t, gen, cfg)
     z_0 = solve(teacher, z_t, t, s, y, cfg)
     return consistency(net, target, z_t, t, z_0, s, y, cfg, gen)
 
 
-LOSSES = {"cm": cm, "direct": direct}
+LOSSES = {"cm": cm, "direct": direct, "both": None}  # both: see extras
 
 
 # ------------------------------------------------------------------------------------------------- sampler
@@ -203,13 +214,13 @@ def sample(net, noise, y, nfe, cfg, gen):
 
 # --------------------------------------------------------------------------------------------------- train
 def train(cfg):
-    run = common.Run(cfg)
-    data = common.dataset(cfg, run.device)  # <- method
-    teacher = common.load_teacher(cfg, data, run.device)  # <- method
-    net = common.network(cfg, data, run.device, head=False)  # <- method
+    run = kit.Run(cfg)
+    data = kit.dataset(cfg, run.device)
+    teacher = kit.load_teacher(cfg, data, run.device)  # <- method
+    net = kit.network(cfg, data, run.device, head=False)  # <- method
     target = net  # <- method: the live network itself is the branch without gradient
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = common.make_optimizer(net, cfg)
+    optimizer = kit.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
     state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
     start = run.resume(state) if cfg.resume else 0
@@ -230,8 +241,8 @@ def train(cfg):
         total = run.mean(total)
         if run.finite(total, grad_norm):
             scaler.step(optimizer)
-            common.normalize_weights(net)
-            common.update_ema(ema, net, step + 1, cfg)
+            kit.normalize_weights(net)
+            kit.lerp(ema, net, common.ema_beta(step + 1, cfg))
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
@@ -240,7 +251,7 @@ def train(cfg):
         if done % cfg.save_every == 0 or done in (1, cfg.steps):
             run.save(state, done)
         if done % cfg.sample_every == 0 or done == cfg.steps:
-            common.report(cfg, run, done, sample, ema, data, teacher, (1, 2, 4))  # <- method
+            kit.report(cfg, run, done, sample, ema, data, teacher, (1, 2, 4))  # <- method
 
 
 # -------------------------------------------------------------------------------------------------- extras
@@ -251,74 +262,27 @@ def solution(teacher, noise, y, cfg):
     return solve(teacher, noise / cfg.sigma_d, top, torch.zeros_like(top), y, cfg)
 
 
-@torch.no_grad()
-def compare(cfg, paths):
-    """The paper's Table 1 in small: E (Eq. 6; root mean square per element, where the paper has the mean
-    square), and quality. Quality is the energy distance of points, or the Frechet distance of pixels, to the
-    teacher's own samples. For text to image there is E alone, between latents; eval.py has the rest. Returns
-    {name: [E, quality of 1, 2, 4 steps]}.
-
-    The teacher's samples start from other noise. From the same noise, as in the paper, whoever solves the ODE
-    would have distance 0 to them, whatever they look like."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = common.dataset(cfg, device)
-    teacher, text = common.load_teacher(cfg, data, device), cfg.dataset == "text"
-    n = 16 if text else 1000 if len(data.shape) > 1 else 5000
-    shape = SimpleNamespace(options=dict(shape=data.shape, classes=data.classes if cfg.conditional else 0))
-
-    def start(seed):  # noise, labels, and the numbers that follow
-        return common.noise_and_labels(cfg, shape, 0, n, seed, device)
-    noise, y, _ = start(12345)
-    solved = solution(teacher, noise, y, cfg)
-    reference = None if text else solution(teacher, *start(54321)[:2], cfg)
-    print(f"| {cfg.solver}, N = {cfg.intervals}, w = {cfg.guidance:g} | E | 1 step | 2 steps | 4 steps |")
-    print("| --- " * 5 + "|")
-
-    def quality(*samples):
-        return [None if text else common.distance(x, reference) for x in samples]
-
-    rows = {}
-    for path in paths:
-        net = common.load_net(path, data).to(device)
-        noise, y, gen = start(12345)  # the same for every student, and for the solver
-        x = [sample(net, noise, y, nfe, cfg, gen) for nfe in (1, 2, 4)]
-        rows[Path(path).name] = [common.rms(x[0], solved), *quality(*x)]
-    rows[f"solver, {cfg.intervals} steps"] = [0, *quality(solved), None, None]
-    for name, row in rows.items():
-        print(f"| {name} | " + " | ".join("" if value is None else f"{value:.5f}" for value in row) + " |")
-    return rows
+def both(cfg):
+    """Train the two students from the same weights, data, times and noise, and say how to compare them."""
+    paths = {mode: f"{cfg.out}/{mode}" for mode in ("cm", "direct")}
+    if not cfg.overwrite and any(Path(path, "ckpt.pt").exists() for path in paths.values()):
+        kit.fail(f"{cfg.out} holds students already: --overwrite both, or --resume --out {paths['cm']}")
+    for mode, path in paths.items():
+        train(replace(cfg, mode=mode, out=path))
+    if kit.RANK == 0:
+        print(f"the paper's table: python eval.py {' '.join(paths.values())} --reference teacher")
 
 
 # ---------------------------------------------------------------------------------------------------- main
 def main(argv=None):
-    words = sys.argv[1:] if argv is None else argv
-    words = ["--mode" if word == "--loss" else word for word in words]  # the paper's code calls it so
-    cfg = common.parse_args(Config, PRESETS, LOSSES | {"both": None}, words)
-    if 1000 % cfg.intervals:
-        common.fail(f"--intervals must divide 1000, and {cfg.intervals} does not")
-    if cfg.guidance != 1 and not cfg.conditional:
-        common.fail("--guidance guides a class-conditional teacher: add --conditional, or leave it at 1")
-    if cfg.nfe > cfg.intervals or cfg.intervals < 4 and not cfg.sample:
-        common.fail(f"--intervals {cfg.intervals} are too few: a sample takes at most one step for each")
-    if cfg.hops and cfg.mode != "cm":
-        common.fail("--hops goes with --mode cm")
+    cfg = kit.parse_args(Config, PRESETS, LOSSES, argv)
     if cfg.sample:
-        common.write_samples(cfg, sample)
-    elif cfg.dry_run:
-        common.dry_run(cfg)
-    else:
-        train_and_compare(cfg)
-
-
-def train_and_compare(cfg):
-    """Train the student, or both with the same seed, so from the same weights, data, times and noise."""
-    runs = {f"{cfg.out}/{mode}": mode for mode in LOSSES} if cfg.mode == "both" else {cfg.out: cfg.mode}
-    if len(runs) > 1 and not cfg.overwrite and any(Path(path, "ckpt.pt").exists() for path in runs):
-        common.fail(f"{cfg.out} holds students already: --overwrite both, or --resume --out {cfg.out}/cm")
-    for path, mode in runs.items():
-        train(replace(cfg, mode=mode, out=path))
-    if common.RANK == 0:
-        compare(cfg, list(runs))
+        return kit.write_samples(cfg, sample)
+    if cfg.dry_run:
+        return kit.dry_run(cfg)
+    if cfg.mode == "both":  # <- method
+        return both(cfg)  # <- method
+    train(cfg)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,18 @@ all others. Sample i depends on i alone, so neither --batch nor the number of pr
 An .npz of samples in ADM's layout may stand for a run, too; --write writes one for each run and NFE, which
 guided-diffusion's evaluator and dgm-eval read. Prints a Markdown table and writes eval.json and eval.png.
 
-    python eval.py --toy 3000           trains every mode of every script on the 2-D ring, and compares them
-    python eval.py out/sdxl --prompts FILE --reference teacher      against the teacher's images, and with E
+    python eval.py out/direct_cm/cm out/direct_cm/direct --reference teacher
+    python eval.py out/sdxl --prompts FILE --reference teacher
+
+compare with what the runs' teacher samples, by the script's own solver if it has one; that is Direct CM's
+Table 1. Images start from the same noise, as in the paper. Points start from other noise, because from the
+same noise whoever solves the ODE would have distance 0, whatever the samples look like.
 
 points  energy_distance     V-statistic between n samples and n fresh points: biased, above 0 even for data
         sliced_wasserstein  root mean square W_2 over 128 directions, n samples and n fresh points: biased
         mode_shares         share of the samples within 4 standard deviations of each mode
-        ode_error           RMS per element between samples and the exact solution from the same noise; of
-                            images (latents) the teacher's, with --reference teacher
+        ode_error           RMS per element between samples and the exact solution from the same noise, or
+                            with --reference teacher (also of images) the teacher's
         exact_ode           the energy distance of that solution, below which no student is to come
 images  frechet_distance    n samples, all reference images, covariances over n - 1: biased, falls with n;
                             the FID with --features inception and n = 50,000 (which resizes to 299 itself)
@@ -23,18 +27,22 @@ text    clip_score          mean cosine of CLIP ViT-L/14's image and prompt, res
         aesthetic_score     mean of LAION's linear predictor on CLIP's normalized image features
 """
 import common
-from common import RANK, WORLD, fail, reading
+import kit
+from kit.config import make_config
+from kit.edm import read_pickle
+from kit.metrics import (Moments, Reference, energy_distance, image_metrics, mode_shares, rms,
+                         sliced_wasserstein)
+from kit.process import RANK, WORLD, atomic_write, barrier, download, fail, reading, start_processes
+from kit.report import density, grid, write_npz
+from kit.toys import exact_ode
 
 import argparse
-import concurrent.futures
 import functools
 import hashlib
 import importlib
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,58 +57,94 @@ INCEPTION = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/
 AESTHETIC = ("https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
              "sac+logos+ava1-l14-linearMSE.pth")
 KEEP, SHOWN = 10_000, 16  # features that kid, precision and recall compare; images of a run in the picture
-# What the teacher's own samples depend on.
-TEACHING = ("teacher", "pretrained", "first_label", "solver", "intervals", "guidance", "sigma_d")
-TOY = dict(scm=("diffusion", "scd", "sct", "dscd"), cm=("cd", "ct", "ict", "ctcd", "ctct"),
-           sct=("ect", "sct"), multistep_cm=("cd", "ct", "pd"), direct_cm=("cm", "direct"))
+# What a teacher's samples depend on.
+TEACHING = ("teacher", "pretrained", "first_label", "solver", "intervals", "guidance", "sigma_d", "dataset",
+            "conditional")
+FOREIGN = dict(ECMPrecond="sct")  # other projects' consistency models, and the script that samples them
 
 
 # ------------------------------------------------------------------------------------------------- samples
-def open_run(path, prompts, seed, device):
-    """A run folder, checkpoint or .npz as (its columns of the table, cfg, draw(nfe, lo, hi) -> x, x0, noise,
-    y).
+class Run:
+    """A run folder or checkpoint: what the table says of it, and its samples.
 
-    x is (B, D) or uint8 (B, 3, H, W), x0 the sample behind it. Of nfe "teacher", they are the teacher's own:
-    by the script's solver if it has one, else by 35 network evaluations of Heun's. A file has x alone."""
-    if str(path).endswith(".npz"):
-        x = torch.from_numpy(adm_samples(read_npz(path), path))
-        return dict(run=str(path), n=len(x)), None, lambda nfe, lo, hi: (x[lo:hi], None, None, None)
-    ckpt = common.read_checkpoint(path)
-    name = str(ckpt["script"])  # a script beside this file, and nothing else, may be imported
-    if not re.fullmatch(r"\w+", name) or not Path(__file__).with_name(name + ".py").exists():
-        fail(f"{path} names an unknown script, {name!r}")
-    script = importlib.import_module(name)
-    cfg = common.make_config(script.Config, ckpt["config"])
-    columns = dict(run=str(path), method=name, mode=cfg.mode, samples_seen=ckpt["step"] * cfg.batch,
-                   seconds=round(ckpt["seconds"]))
-    net = common.load_net(path).to(device)
-    text = cfg.dataset == "text"
-    if text:
-        net.read(prompts or fail(f"{path} draws from text: give --prompts FILE"))
+    A part of the samples is a dict of x, (B, D) or uint8 (B, 3, H, W), x0 behind it, the noise, and y unless
+    there are no labels."""
 
-    @functools.cache
-    def teacher():
-        if len(net.options["shape"]) == 1:
-            fail("--reference teacher is for images: points are compared with fresh data and the exact ODE")
-        known = SimpleNamespace(**net.options, teacher=net.sibling(adapted=False) if text else None)
-        return common.load_teacher(cfg, known, device) or fail(f"{path} has no --teacher")
+    def __init__(self, path, prompts, seed, device):
+        ckpt = kit.read_checkpoint(path)
+        name = FOREIGN.get(ckpt["script"], str(ckpt["script"]))
+        # a script beside this file, and nothing else, may be imported
+        if not re.fullmatch(r"\w+", name) or not Path(__file__).with_name(name + ".py").exists():
+            fail(f"{path} names an unknown script, {name!r}")
+        self.path, self.seed, self.device = path, seed, device
+        self.script = importlib.import_module(name)
+        foreign = self.script.Config.foreign.get(ckpt["script"], {})
+        self.cfg = make_config(self.script.Config, ckpt["config"] | foreign)
+        self.columns = dict(run=str(path), method=name, mode=self.cfg.mode, seconds=round(ckpt["seconds"]),
+                            samples_seen=ckpt["step"] * self.cfg.batch)
+        self.net = kit.load_net(path).to(device)
+        if hasattr(self.net, "read"):
+            self.net.read(prompts or fail(f"{path} draws from text: give --prompts FILE"))
 
-    def guided(x, t, y):
-        w, F = getattr(cfg, "guidance", 1), teacher()(x, t, y)
-        F_uncond = F if w == 1 else teacher()(x, t, torch.full_like(y, -1))
-        return F_uncond + w * (F - F_uncond)
+    def draw(self, sample, nfe, lo, hi):
+        noise, y, gen = self.start(lo, hi, self.seed)
+        return self.part(sample(self.net, noise, y, nfe, self.cfg, gen), noise, y)
 
-    def solution(noise, y):
-        if hasattr(script, "solution"):
-            return script.solution(teacher(), noise, y, cfg)
-        return common.solve(guided, noise, common.ode_times(18, cfg.sigma_d), y, cfg.sigma_d)
+    def draw_teacher(self, lo, hi, seed):
+        noise, y, _ = self.start(lo, hi, seed)
+        return self.part(self.solution(noise, y), noise, y)
 
-    def draw(nfe, lo, hi):
-        noise, y, gen = common.noise_and_labels(cfg, net, lo, hi, seed, device)
-        x0 = solution(noise, y) if nfe == "teacher" else script.sample(net, noise, y, nfe, cfg, gen)
-        x = x0 if x0.ndim == 2 else common.to_pixels(x0, cfg)
-        return x.cpu(), x0.cpu(), noise.cpu(), None if y is None else y.cpu()
-    return columns, cfg, draw
+    def start(self, lo, hi, seed):
+        shape, classes = self.net.options["shape"], self.net.options["classes"]
+        return kit.noise_and_labels(self.cfg, shape, classes, lo, hi, seed, self.device)
+
+    def part(self, x0, noise, y):
+        x = kit.to_pixels(x0, self.cfg)
+        found = dict(x=x.cpu(), x0=x0.cpu(), noise=noise.cpu())
+        return found if y is None else found | dict(y=y.cpu())
+
+    def sampler(self, nfe):
+        """The script's. One that measures something on the data beforehand does that here."""
+        if getattr(self.cfg, "x_var_data", False):
+            return self.script.measured(self.net, self.data, nfe, self.cfg, self.device)
+        return self.script.sample
+
+    @functools.cached_property
+    def data(self):
+        return kit.dataset(self.cfg, self.device)
+
+    @functools.cached_property
+    def teacher(self):
+        """Without the data, if it is no part of them."""
+        data = self.data if len(self.net.options["shape"]) == 1 else SimpleNamespace(**self.net.options)
+        if hasattr(self.net, "sibling"):
+            data.teacher = self.net.sibling(adapted=False)
+        return kit.load_teacher(self.cfg, data, self.device) or fail(f"{self.path} has no --teacher")
+
+    def solution(self, noise, y):
+        """The teacher's samples: by the script's own solver, or by 35 network evaluations of Heun's."""
+        if hasattr(self.script, "solution"):
+            return self.script.solution(self.teacher, noise, y, self.cfg)
+
+        def guided(x, t, y):
+            F, w = self.teacher(x, t, y), getattr(self.cfg, "guidance", 1)
+            return F if w == 1 else common.guide(F, self.teacher(x, t, torch.full_like(y, -1)), w)
+        return common.solve(guided, noise, common.ode_times(18, self.cfg.sigma_d), y, self.cfg.sigma_d)
+
+
+class File:
+    """An .npz of samples in ADM's layout, which stands for a run."""
+    cfg = None
+
+    def __init__(self, path):
+        self.x = torch.from_numpy(adm_samples(read_npz(path), path))
+        self.path, self.columns = path, dict(run=str(path))
+
+    def sampler(self, nfe):
+        return None
+
+    def draw(self, sample, nfe, lo, hi):
+        return dict(x=self.x[lo:hi])
 
 
 def rounds(n, batch, desc):
@@ -109,18 +153,39 @@ def rounds(n, batch, desc):
         yield min(lo + RANK * batch, n), min(lo + (RANK + 1) * batch, n)
 
 
-def gather(*tensors):
-    """What the processes hold, row after row, on every process; None stays None."""
-    parts = [tensors] * WORLD
+def gather(part):
+    """The parts, dicts of tensors, that the processes hold, row after row, on every process."""
+    parts = [part] * WORLD
     if WORLD > 1:
-        dist.all_gather_object(parts, tensors)
+        dist.all_gather_object(parts, part)
     return join(parts)
 
 
 def join(parts):
-    """[(a0, b0, ..), (a1, b1, ..)] -> [a0 over a1, b0 over b1, ..], leaving out what is None."""
-    columns = [[part for part in column if part is not None] for column in zip(*parts)]
-    return [torch.cat(column) if column else None for column in columns]
+    """[{a: rows, ..}, ..] -> {a: all rows, ..}."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+
+
+def collect(draw, n, args, tools, desc):
+    """n samples, of draw(lo, hi): of points all of them, of images their moments, the first features, and the
+    first images, or all that --write needs. Also their scores, by name."""
+    moments, held, seen = Moments(), [], 0
+    for lo, hi in rounds(n, args.batch, desc):
+        part = draw(lo, hi) if lo < hi else {}
+        part.pop("x0", None)
+        if part and part["x"].ndim == 4:
+            part |= tools.features(part["x"])
+            part |= tools.scores(part["x"], tools.prompts[lo:hi]) if tools.scores else {}
+        part = gather(part)
+        if part["x"].ndim == 4:
+            moments.add(part["features"])
+            part["features"] = part["features"][:max(KEEP - seen, 0)].clone()
+            part["x"] = part["x"] if args.write else part["x"][:max(SHOWN - seen, 0)].clone()
+            part.pop("noise", None)
+        held.append(part)
+        seen += args.batch * WORLD
+    return dict(moments=moments, **join(held))
 
 
 def read_npz(path):
@@ -139,113 +204,12 @@ def adm_samples(file, path):
     return x if x.ndim == 2 else x.transpose(0, 3, 1, 2)
 
 
-# -------------------------------------------------------------------------------------- metrics of points
-def sliced_wasserstein(a, b, directions=128):
-    """Root mean square over random directions of the 1-D Wasserstein-2 distance of points (N, d), equal N."""
-    theta = torch.randn(a.shape[1], directions, generator=torch.Generator().manual_seed(0)).double()
-    theta /= theta.norm(dim=0)
-    a, b = ((x.double() @ theta).sort(0).values for x in (a, b))
-    return common.rms(a, b)
-
-
-def mode_shares(x, mixture):
-    """Share of the points (N, D) that lie within 4 standard deviations of each mean, (K,); in D dimensions
-    within 4 sqrt(D / 2)."""
-    distance, nearest = torch.cdist(x.double(), mixture.mean).min(1)
-    near = distance <= 4 * mixture.std * (x.shape[1] / 2) ** 0.5
-    counts = torch.bincount(nearest[near], minlength=mixture.classes)
-    return (counts / len(x)).tolist()
-
-
-def measure_points(x, noise, y, nfe, cfg):
-    if not cfg:
-        fail("points from a file say nothing of their data: give the run's folder")
-    data = common.dataset(cfg)
-    fresh, _ = data.batch(common.Draw(0, 2**32, 0, len(x)))
-    row = dict(energy_distance=common.energy_distance(x, fresh), mode_shares=mode_shares(x, data),
-               sliced_wasserstein=sliced_wasserstein(x, fresh))
-    segments = getattr(cfg, "student_steps", 0) or getattr(cfg, "phases", 1) > 1
-    if nfe == 1 or cfg.mode == "diffusion" or segments:  # the others add noise, so they solve no ODE
-        exact = common.exact_ode(data, noise, y, cfg.sigma_d)
-        row |= dict(ode_error=common.rms(x, exact), exact_ode=common.energy_distance(exact, fresh))
-    return row
-
-
-# -------------------------------------------------------------------------------------- metrics of images
-class Moments:
-    """Mean and covariance, float64, of features that arrive in batches. Memory is that of one covariance."""
-
-    def __init__(self):
-        self.n, self.sum, self.outer = 0, 0, 0
-
-    def add(self, x):
-        """x (B, d)."""
-        x = x.double()
-        self.n, self.sum, self.outer = self.n + len(x), self.sum + x.sum(0), self.outer + x.T @ x
-
-    def mean_and_covariance(self):
-        """(d,) and (d, d), the covariance unbiased (divided by n - 1)."""
-        mean = self.sum / self.n
-        return mean.numpy(), ((self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)).numpy()
-
-
-def kernel_sum(x, y):
-    return sum(((rows @ y.T / y.shape[1] + 1) ** 3).sum() for rows in x.split(1000))
-
-
-def own_kernel(x):
-    """Mean of KID's kernel over the pairs of features (N, d), without the diagonal."""
-    x = x.double()
-    return (kernel_sum(x, x) - ((x.square().mean(1) + 1) ** 3).sum()) / (len(x) * (len(x) - 1))
-
-
-def kid(a, b, own_b=None):
-    """Kernel inception distance (Binkowski et al. 2018) of features (N, d) and (M, d)."""
-    own_b = own_kernel(b) if own_b is None else own_b
-    cross = kernel_sum(a.double(), b.double()) / (len(a) * len(b))
-    return float(own_kernel(a) + own_b - 2 * cross)
-
-
-def distances(x, y):
-    return (torch.cdist(rows.double(), y.double()) for rows in x.split(1000))
-
-
-def reach(x, k=3):
-    """Distance of each of the features (N, d) to its k-th neighbour, (N,)."""
-    return torch.cat([d.kthvalue(min(k + 1, len(x))).values for d in distances(x, x)])  # the first is itself
-
-
-def precision_recall(samples, real, reach_real=None):
-    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, d) and (M, d): the share of
-    samples within reach of a real image, and of real images within reach of a sample."""
-    def covered(x, y, reach_y):
-        return sum((d <= reach_y).any(1).sum().item() for d in distances(x, y)) / len(x)
-    reach_real = reach(real) if reach_real is None else reach_real
-    return dict(precision=covered(samples, real, reach_real), recall=covered(real, samples, reach(samples)))
-
-
-def inception_score(p, splits=10):
-    """exp of the mean KL divergence of class probabilities (N, K) from their mean (Salimans et al. 2016)."""
-    parts = p.double().clamp(min=1e-16).chunk(min(splits, len(p)))
-    return float(sum((q * (q / q.mean(0)).log()).sum(1).mean().exp() for q in parts) / len(parts))
-
-
-def measure_images(moments, features, probabilities, ref):
-    """The metrics of images: from the moments of their features, the first features, class probabilities."""
-    if len(ref.mean) != features.shape[1]:
-        fail(f"--reference has {len(ref.mean)} features an image, --features gives {features.shape[1]}")
-    row = dict(frechet_distance=common.frechet_distance(
-        *moments.mean_and_covariance(), ref.mean, ref.covariance))
-    if ref.features is not None:
-        row |= dict(kid=kid(features, ref.features, ref.own))
-        row |= precision_recall(features, ref.features, ref.reach)
-    return row | (dict(inception_score=inception_score(probabilities)) if probabilities is not None else {})
-
-
+# ---------------------------------------------------------------------------------------------- features
 def feature_network(name, weights, device):
-    """--features as a function: uint8 (B, 3, H, W) -> features (B, d), class probabilities (B, K) or None."""
+    """--features as a function: uint8 (B, 3, H, W) -> dict of features (B, d) and, if the network has them,
+    class probabilities (B, K)."""
     if name == "pixels":
-        return lambda x: (x.flatten(1).float() / 255, None)
+        return lambda x: dict(features=x.flatten(1).float() / 255)
     if name == "dinov2":
         from transformers import AutoModel
         net = pretrained(AutoModel, weights, "facebook/dinov2-large", "--weights").to(device).eval()
@@ -253,11 +217,11 @@ def feature_network(name, weights, device):
 
         def dinov2(x):  # the class token after the last norm, of images resized to 224
             x = tnf.interpolate(x.to(device) / 255, (224, 224), mode="bicubic", antialias=True)
-            return net((x - mean) / std).pooler_output.cpu(), None
+            return dict(features=net((x - mean) / std).pooler_output.cpu())
         return dinov2
     path = Path(weights or "data/inception-2015-12-05.pt") if name == "inception" else Path(name)
     if name == "inception" and not weights:
-        common.download(INCEPTION, path)
+        download(INCEPTION, path)
     with reading(f"{path} is no TorchScript module"):
         if not path.exists():
             fail(f"no feature network at {path}: give inception, dinov2, pixels or a TorchScript file")
@@ -266,15 +230,17 @@ def feature_network(name, weights, device):
     def script(x):
         x, known = x.to(device), [argument.name for argument in net.forward.schema.arguments]
         if "return_features" not in known:
-            return net(x).flatten(1).cpu(), None
+            return dict(features=net(x).flatten(1).cpu())
         plain = dict(no_output_bias=True) if "no_output_bias" in known else {}  # as the score is defined
-        return net(x, return_features=True).cpu(), net(x, **plain).cpu()        # NVIDIA's Inception-v3
+        # NVIDIA's Inception-v3
+        return dict(features=net(x, return_features=True).cpu(), probabilities=net(x, **plain).cpu())
 
     def checked(x):
         with reading(f"{path} does not turn uint8 images (B, 3, H, W) into features (B, d)"):
-            features, probabilities = script(x)
-            assert len(features) == len(x) and features.isfinite().all(), "its features are not all finite"
-            return features, probabilities
+            found = script(x)
+            if len(found["features"]) != len(x) or not found["features"].isfinite().all():
+                raise ValueError("its features are not all finite, or not one row an image")
+            return found
     return checked
 
 
@@ -286,21 +252,12 @@ def pretrained(kind, given, hub, flag):
 
 
 # ----------------------------------------------------------------------------------------------- reference
-class Reference:
-    """What samples are compared with: the moments of features and, unless a file holds moments alone, up to
-    KEEP of the features, with their own share of KID and of precision, which is the same for all rows."""
-
-    def __init__(self, mean, covariance, features=None):
-        self.mean, self.covariance, self.features = mean, covariance, features
-        self.own, self.reach = (None, None) if features is None else (own_kernel(features), reach(features))
-
-
 def load_reference(args, cfg, features):
     """--reference. EDM's .npz (mu, sigma) and EDM2's .pkl (fid, fd_dinov2) hold moments alone; ADM's .npz
     holds images (arr_0) beside Inception's moments. Otherwise class folders, a zip, or the run's own data."""
     path, file = args.reference or "", {}
     if path.endswith(".pkl"):
-        file, name = common.read_pickle(path), dict(inception="fid", dinov2="fd_dinov2").get(args.features)
+        file, name = read_pickle(path), dict(inception="fid", dinov2="fd_dinov2").get(args.features)
         if not isinstance(file, dict) or name not in file:
             held = ", ".join(map(str, file)) if isinstance(file, dict) else "no table"
             fail(f"--reference {path} holds {held}: not for --features {args.features}")
@@ -321,7 +278,7 @@ def load_reference(args, cfg, features):
         other = dict(dataset="folder", data=path) if path else {}
         other |= dict(dataset="folder") if own.get("dataset") == "text" else {}
         plain = dict(conditional=False, channel_mult=(1,), flip=False)  # no labels, no network to fit
-        images = common.dataset(SimpleNamespace(**own | other | plain)).rows
+        images = kit.dataset(SimpleNamespace(**own | other | plain)).rows
     if len(images) < 2:
         fail("one reference image has no covariance: give --reference more")
     table = cached_statistics(images, features, args)
@@ -345,15 +302,18 @@ def cached_statistics(images, features, args):
         kept[np.random.default_rng(0).permutation(len(images))[:KEEP]] = True
         moments, some = Moments(), []
         for lo, hi in rounds(len(images), args.batch, "reference"):
-            own = features(torch.from_numpy(np.array(images[lo:hi])))[0] if lo < hi else None
-            both = gather(own, torch.from_numpy(kept[lo:hi]) if lo < hi else None)
-            moments.add(both[0])
-            some.append(both[0][both[1]])
+            part = {}
+            if lo < hi:
+                part = dict(kept=torch.from_numpy(kept[lo:hi]))
+                part["features"] = features(torch.from_numpy(np.array(images[lo:hi])))["features"]
+            part = gather(part)
+            moments.add(part["features"])
+            some.append(part["features"][part["kept"]])
         mu, sigma = moments.mean_and_covariance()
         if RANK == 0:
             arrays = dict(mu=mu, sigma=sigma, features=torch.cat(some).numpy())
-            common.atomic_write(cache, lambda out: np.savez(out, **arrays))
-        common.barrier()
+            atomic_write(cache, lambda out: np.savez(out, **arrays))
+        barrier()
     return read_npz(cache)
 
 
@@ -361,20 +321,21 @@ def read_moments(table, path):
     """mu (d,) and sigma (d, d) of a table of EDM, EDM2, ADM or our own."""
     with reading(f"--reference {path} holds no mean (mu) and covariance (sigma) of features"):
         mu, sigma = np.asarray(table["mu"], np.float64), np.asarray(table["sigma"], np.float64)
-        assert sigma.shape == 2 * mu.shape, f"shapes {mu.shape} and {sigma.shape}"
+        if sigma.shape != 2 * mu.shape:
+            raise ValueError(f"shapes {mu.shape} and {sigma.shape}")
     return mu, sigma
 
 
 # ------------------------------------------------------------------------------------------- text to image
 def text_scores(args, device):
-    """A function: uint8 images (B, 3, H, W) and B prompts -> CLIP score and aesthetic score, (B, 2)."""
+    """A function: uint8 images (B, 3, H, W) and B prompts -> dict of CLIP and aesthetic scores, (B,) each."""
     from transformers import CLIPModel, CLIPProcessor
     clip, processor = (pretrained(kind, args.clip, "openai/clip-vit-large-patch14", "--clip")
                        for kind in (CLIPModel, CLIPProcessor))
     clip.to(device).eval()
     path = Path(args.aesthetic or "data/sac+logos+ava1-l14-linearMSE.pth")
     if not args.aesthetic:
-        common.download(AESTHETIC, path)
+        download(AESTHETIC, path)
     with reading(f"{path} is not LAION's aesthetic predictor, {AESTHETIC}"):
         state = torch.load(path, map_location=device, weights_only=True)
         layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in (0, 2, 4, 6, 7)]
@@ -385,7 +346,8 @@ def text_scores(args, device):
         h = out.image_embeds                      # (B, 768), like the text's of unit length
         for weight, bias in layers:               # no nonlinearity between them
             h = h @ weight.T + bias
-        return torch.stack([(out.image_embeds * out.text_embeds).sum(1), h[:, 0]], dim=1).cpu()
+        cosine = (out.image_embeds * out.text_embeds).sum(1)
+        return dict(clip_score=cosine.cpu(), aesthetic_score=h[:, 0].cpu())
     return scores
 
 
@@ -402,53 +364,108 @@ def read_prompts(path):
 @torch.no_grad()
 def evaluate(path, nfes, args, tools, device):
     """Rows of the table and pictures of a run, {(run, NFE): (row, picture)}; filled on rank 0 alone."""
-    columns, cfg, draw = open_run(path, tools.prompts, args.seed, device)
-    n, results = min(columns.pop("n", args.samples), len(tools.prompts or range(args.samples))), {}
+    if str(path).endswith(".npz"):
+        run, nfes = File(path), ("",)
+    else:
+        run = Run(path, tools.prompts, args.seed, device)
+    n = min(args.samples, len(getattr(run, "x", range(args.samples))))
+    n = min(n, len(tools.prompts or range(n)))
     if n < 2:
         fail(f"{path}: {n} samples have no spread to measure: at least 2 are needed")
-    key, nfes = args.reference or cfg and (cfg.dataset, cfg.data), nfes if cfg else ("",)
+    found, solved, reference = {}, {}, None
     if args.reference == "teacher":
-        if not cfg:
-            fail(f"--reference teacher: {path} holds samples and names no teacher")
-        key = tuple(str(getattr(cfg, name, "")) for name in TEACHING)
-        nfes = nfes if key in tools.references else ("teacher", *nfes)
-    key = key, args.image_size or getattr(cfg, "image_size", 0)
-    solved = tools.solved.setdefault(key, {})  # the teacher's x0 of this process, by the first row
+        solved, reference, row = teacher_samples(run, n, args, tools)
+        found |= row
     for nfe in nfes:
-        moments, held, seen = Moments(), [], 0
-        for lo, hi in rounds(n, args.batch, f"{path}, {nfe} NFE"):
-            x, x0, noise, y = draw(nfe, lo, hi) if lo < hi else (None, None, None, None)
-            image = x is not None and x.ndim == 4
-            f, p = tools.features(x) if image else (None, None)
-            score = tools.scores(x, tools.prompts[lo:hi]) if image and tools.scores else None
-            if nfe == "teacher" and lo < hi:
-                solved[lo] = x0
-            error = (x0 - solved[lo]).double().square().flatten(1).mean(1) if lo in solved and image else None
-            x, noise, y, f, p, score, error = gather(x, noise, y, f, p, score, error)
-            if x.ndim == 4:  # of images no more is held than a metric or the picture needs
-                moments.add(f)
-                f, noise = f[:max(KEEP - seen, 0)].clone(), None
-                x = x if args.write else x[:max(SHOWN - seen, 0)].clone()
-            held.append((x, noise, y, f, p, score, error))
-            seen += args.batch * WORLD
-        x, noise, y, f, p, score, error = join(held)
-        if args.write and RANK == 0:
-            common.write_npz(Path(args.out, f"{title(path, args.runs).replace('/', '-')}-{nfe}nfe.npz"), x, y)
-        if nfe == "teacher":
-            tools.references[key] = Reference(*moments.mean_and_covariance(), f)
-        elif x.ndim == 4 and key not in tools.references:
-            tools.references[key] = load_reference(args, cfg, tools.features)
-        if RANK:
-            continue
-        row = {} if error is None else dict(ode_error=error.mean().sqrt().item())
-        row |= (measure_points(x, noise, y, nfe, cfg) if x.ndim == 2 else {} if nfe == "teacher" else
-                measure_images(moments, f, p, tools.references[key]))
-        if score is not None:
-            row |= dict(zip(("clip_score", "aesthetic_score"), score.double().mean(0).tolist()))
-        picture = common.density(x, 160) if x.ndim == 2 else common.grid(x[:SHOWN], SHOWN)
-        row = columns | dict(nfe=nfe, n=n) | row
-        results[str(path), nfe] = row, picture
-    return results
+        sample = run.sampler(nfe)
+
+        def draw(lo, hi, nfe=nfe, sample=sample):
+            part = run.draw(sample, nfe, lo, hi)
+            if lo in solved:
+                part["error"] = (part["x0"] - solved[lo]).double().square().flatten(1).mean(1)
+            return part
+        samples = collect(draw, n, args, tools, f"{path}, {nfe} NFE")
+        found[str(path), nfe] = measure(run, samples, nfe, n, reference, args, tools)
+    return {key: value for key, value in found.items() if value}
+
+
+def teacher_samples(run, n, args, tools):
+    """--reference teacher: the teacher's x0 of this process by its first row; the Reference for images, or
+    points; and the teacher's own row of the table, unless an earlier run has the same teacher."""
+    if not run.cfg:
+        fail(f"--reference teacher: {run.path} holds samples and names no teacher")
+    key = n, *(str(getattr(run.cfg, name, "")) for name in TEACHING)
+    if key in tools.teachers:
+        return *tools.teachers[key], {}
+    solved = {}
+
+    def draw(lo, hi):
+        part = run.draw_teacher(lo, hi, args.seed)
+        solved[lo] = part["x0"]
+        return part
+    samples = collect(draw, n, args, tools, f"{run.path}, teacher")
+    if samples["x"].ndim == 2:
+        other = collect(lambda lo, hi: run.draw_teacher(lo, hi, args.seed + 1), n, args, tools, "reference")
+        reference = other["x"]
+    else:
+        reference = Reference(*samples["moments"].mean_and_covariance(), samples["features"])
+    tools.teachers[key] = solved, reference
+    row = measure(run, samples, "teacher", n, reference, args, tools)
+    return solved, reference, {(str(run.path), "teacher"): row}
+
+
+def measure(run, samples, nfe, n, reference, args, tools):
+    """The row of the table and the picture of some samples; None but on rank 0. All processes call this,
+    because they share in measuring the reference images."""
+    x, row = samples["x"], dict(run.columns, nfe=nfe, n=n)
+    if args.write and RANK == 0:
+        name = f"{title(run.path, args.runs).replace('/', '-')}-{nfe}nfe.npz"
+        write_npz(Path(args.out, name), x, samples.get("y"))
+    if x.ndim == 4 and reference is None:
+        reference = image_reference(run, args, tools)
+    if RANK:
+        return None
+    if "error" in samples:
+        row["ode_error"] = samples["error"].mean().sqrt().item()
+    if x.ndim == 2:
+        row |= point_metrics(run, samples, nfe, reference)
+    elif nfe != "teacher":
+        row |= measure_images(samples, reference)
+    row |= {name: samples[name].double().mean().item() for name in ("clip_score", "aesthetic_score")
+            if name in samples}
+    return row, density(x, 160) if x.ndim == 2 else grid(x[:SHOWN], SHOWN)
+
+
+def measure_images(samples, reference):
+    if len(reference.mean) != samples["features"].shape[1]:
+        fail(f"--reference has {len(reference.mean)} features an image, --features gives "
+             f"{samples['features'].shape[1]}")
+    return image_metrics(samples["moments"], samples["features"], samples.get("probabilities"), reference)
+
+
+def point_metrics(run, samples, nfe, reference):
+    """Against fresh data and the exact ODE, or against the points that the teacher samples."""
+    if not run.cfg:
+        fail("points from a file say nothing of their data: give the run's folder")
+    x, data, cfg = samples["x"], kit.dataset(run.cfg), run.cfg
+    fresh = data.batch(common.Draw(0, 2**32, 0, len(x)))[0] if reference is None else reference
+    row = dict(energy_distance=energy_distance(x, fresh), mode_shares=mode_shares(x, data),
+               sliced_wasserstein=sliced_wasserstein(x, fresh))
+    segments = getattr(cfg, "student_steps", 0) or getattr(cfg, "phases", 1) > 1
+    if reference is None and (nfe == 1 or cfg.mode == "diffusion" or segments):
+        # the others add noise, so they solve no ODE
+        exact = exact_ode(data, samples["noise"], samples.get("y"), cfg.sigma_d)
+        row |= dict(ode_error=rms(x, exact), exact_ode=energy_distance(exact, fresh))
+    return row
+
+
+def image_reference(run, args, tools):
+    """The Reference of --reference, or of the run's own data; loaded once for all runs that have the same."""
+    size = args.image_size or getattr(run.cfg, "image_size", 0)
+    key = args.reference or run.cfg and (run.cfg.dataset, run.cfg.data), size
+    if key not in tools.references:
+        tools.references[key] = load_reference(args, run.cfg, tools.features)
+    return tools.references[key]
 
 
 def title(path, runs):
@@ -473,62 +490,10 @@ def spread(values, digits):
     return f"{sum(values) / len(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
-def train_once(command, out):
-    """Run `SCRIPT.py FLAGS --out OUT` in a process of its own, on one thread. OUT keeps the command, and is
-    left alone if it is the same."""
-    kept = Path(out, "command.txt")
-    if not kept.exists() or kept.read_text() != command:
-        kept.unlink(missing_ok=True)
-        script, *flags = command.split()
-        path = str(Path(__file__).with_name(script))
-        command = [sys.executable, path, *flags, "--out", out, "--overwrite"]
-        environment = os.environ | dict(OMP_NUM_THREADS="1")
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            fail(f"{' '.join(command)} stopped: {done.stderr.strip().splitlines()[-1]}")
-        kept.write_text(" ".join([script, *flags]))
-    return out
-
-
-def toy(args, tools):
-    """Every mode of every script on the ring, with equal steps, batch, network and seeds. A run of
-    multistep_cm.py is made for one number of steps, so there is one for each. Finished runs are kept."""
-    runs = [(script, mode, seed, k) for seed in range(args.seeds) for script in TOY for mode in TOY[script]
-            for k in (args.nfe if script == "multistep_cm" else (0,))]
-
-    def train(run):
-        script, mode, seed, k = run
-        out = f"{args.out}/{script}-{mode}{f'-{k}' if k else ''}-{seed}"
-        extra = dict(multistep_cm=f" --student_steps {k}", sct=f" --stage_steps {args.toy // 20}")
-        return train_once(f"{script}.py --mode {mode} --steps {args.toy} --batch 256 --seed {seed}"
-                          + extra.get(script, ""), out)
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        outs = list(tqdm(pool.map(train, runs), total=len(runs), desc="train", unit="run", disable=None))
-    rows, sheet = {}, {}
-    for (script, mode, _, k), out in tqdm(zip(runs, outs), total=len(runs), desc="sample", disable=None):
-        for (_, nfe), (row, picture) in evaluate(out, (k,) if k else args.nfe, args, tools, "cpu").items():
-            rows.setdefault((script, mode), []).append(row)
-            sheet.setdefault(f"{script} {mode}, {nfe} NFE", picture)  # that of the first seed
-    lines, fastest = [], min(row["seconds"] for row in rows["scm", "diffusion"])
-    for (script, mode), mine in rows.items():
-        line = {}
-        for nfe in args.nfe:
-            at_nfe = [row["energy_distance"] for row in mine if row["nfe"] == nfe]
-            line[f"energy distance, {nfe} NFE"] = spread(at_nfe, 5)
-        if 1 in args.nfe:
-            line["E"] = spread([row["ode_error"] for row in mine if row["nfe"] == 1], 4)
-        line["cost"] = f"{min(row['seconds'] for row in mine) / fastest:.1f}"  # of a step, over diffusion's
-        lines.append(dict(method=script, mode=mode) | line)
-    values = sum(rows.values(), [])
-    floor = max(row.get("exact_ode", 0) for row in values)  # the same in all rows, as is the noise
-    lines.append({"method": "exact ODE", f"energy distance, {args.nfe[0]} NFE": f"{floor:.5f}"})
-    return lines, values, sheet
-
-
 def parse_args(argv):
     parser = argparse.ArgumentParser("eval.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("runs", nargs="*", help="run folders, or .npz files of samples")
+    parser.add_argument("runs", nargs="+", help="run folders, or .npz files of samples")
     parser.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4], help="network evaluations [1 2 4]")
     parser.add_argument("--samples", type=int, default=5000, help="samples of a run [5000]")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise that samples start from [0]")
@@ -541,45 +506,40 @@ def parse_args(argv):
     parser.add_argument("--clip", help="folder or hub id [openai/clip-vit-large-patch14]")
     parser.add_argument("--aesthetic", help="LAION's predictor, a .pth file [download]")
     parser.add_argument("--write", action="store_true", help="write the samples to --out, as ADM's .npz")
-    parser.add_argument("--toy", type=int, default=0, metavar="STEPS", help="compare everything on the toy")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of --toy [3]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs of --toy at a time [1]")
-    parser.add_argument("--out", help="folder to write to [the first run's, or out/toy]")
+    parser.add_argument("--out", help="folder to write to [the first run's]")
     args = parser.parse_args(argv)
-    if min(args.nfe + [args.samples - 1, args.batch, args.seeds, args.jobs]) < 1:
-        fail("--samples must be at least 2, --nfe, --batch, --seeds and --jobs at least 1")
-    if bool(args.runs) == bool(args.toy) or args.toy and WORLD > 1:
-        fail("give the run folders to compare, or --toy STEPS (with --jobs, not under torchrun)")
+    if min(args.nfe + [args.samples - 1, args.batch]) < 1:
+        fail("--samples must be at least 2, --nfe and --batch at least 1")
     with reading(f"cannot read --reference {args.reference}"):
         if args.reference not in (None, "teacher") and not Path(args.reference).exists():
             fail(f"there is no --reference {args.reference}")
-    first = Path((args.runs or ["out/toy"])[0])
+    first = Path(args.runs[0])
     args.out = args.out or str(first.parent if first.suffix else first)
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = common.start_processes("gloo")
+    device = start_processes("gloo")
     for path in args.runs:  # so that a typo is found before hours of sampling
-        read_npz(path) if path.endswith(".npz") else common.read_checkpoint(path)
-    tools = SimpleNamespace(features=feature_network(args.features, args.weights, device), references={},
-                            solved={}, prompts=read_prompts(args.prompts), scores=None)
-    tools.scores = text_scores(args, device) if tools.prompts else None
-    if args.toy:
-        rows, values, sheet = toy(args, tools)
-    else:
-        results = {}
-        for path in args.runs:
-            results |= evaluate(path, args.nfe, args, tools, device)
-        rows = values = [row for row, _ in results.values()]
-        sheet = {f"{title(path, args.runs)}, {nfe} NFE": image for (path, nfe), (_, image) in results.items()}
+        read_npz(path) if path.endswith(".npz") else kit.read_checkpoint(path)
+    tools, found = make_tools(args, device), {}
+    for path in args.runs:
+        found |= evaluate(path, args.nfe, args, tools, device)
     if RANK == 0:
+        rows = [row for row, _ in found.values()]
+        sheet = {f"{title(path, args.runs)}, {nfe} NFE": image for (path, nfe), (_, image) in found.items()}
         print(table(rows))
-        text = json.dumps(values, indent=1).encode()
-        common.atomic_write(Path(args.out, "eval.json"), lambda file: file.write(text))
-        across = 2 * len(args.nfe) if args.toy else len(args.nfe) if "energy_distance" in values[0] else 1
-        common.panels(sheet, Path(args.out, "eval.png"), across)
+        text = json.dumps(rows, indent=1).encode()
+        atomic_write(Path(args.out, "eval.json"), lambda file: file.write(text))
+        kit.panels(sheet, Path(args.out, "eval.png"), len(args.nfe) if "energy_distance" in rows[0] else 1)
+
+
+def make_tools(args, device):
+    """What all runs share: feature network, scores, prompts, and what the first of them has found."""
+    prompts = read_prompts(args.prompts)
+    return SimpleNamespace(features=feature_network(args.features, args.weights, device), prompts=prompts,
+                           scores=text_scores(args, device) if prompts else None, references={}, teachers={})
 
 
 if __name__ == "__main__":

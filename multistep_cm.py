@@ -30,11 +30,12 @@ end of t's segment, so f is no map to t = 0 but one DDIM step; 3) aDDIM; 4) samp
 """
 # ------------------------------------------------------------------------------------------------- imports
 import common
+import kit
 from common import like
 
 import copy
+import functools
 import math
-import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -43,25 +44,42 @@ import torch
 
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
-class Config(common.Config):
+class Config(kit.Config):
     mode: str = "cd"  # training objective
-    student_steps: int = 4  # segments of the ODE, which is the number of sampling steps, too: 1, 2, 4, 8, 16
+    student_steps: int = kit.fixed(4, least=1)  # segments of the ODE, and so sampling steps: 1, 2, 4, 8, 16
     teacher_steps: tuple = (64, 1280)  # T at the start and, growing log-linearly, from `anneal` on
     anneal: float = 0.5  # share of the steps in which T grows; 0 is off
     solver: Literal["addim", "ddim", "heun"] = "addim"  # the teacher's; of diffusion, the sampler's
     x_var_frac: float = 0.75  # aDDIM: Var[x | z_t] is this times (x* - x)^2; 0 is 0.1 / (2 + SNR)
     x_var_data: bool = False  # aDDIM as a sampler: measure (x* - x)^2 on the data; false is 0.1 / (2 + SNR)
-    huber: float = 1e-4  # epsilon of the pseudo-Huber norm
+    huber_c: float = 1e-4  # epsilon of the pseudo-Huber norm
     guidance: float = 1.0  # strength of the teacher's guidance in cd and pd, 1 + the paper's g; 1 is off
     noise_res: tuple = ()  # noise resolutions at t = 1 and t = 0, and the image's; none is the plain cosine
-    pd_start: int = 64  # pd: steps of the first student, which are halved down to student_steps
-    figure: bool = False  # train 1, 2 and 4 steps on two Gaussians in 1-D, and draw their paths
+    pd_start: int = kit.fixed(64, least=1)  # pd: steps of the first student, halved down to student_steps
+    figure: bool = kit.call(False, implies=lambda _: dict(dataset="gmm1d"))  # draw paths in 1-D
 
     def needs_steps(self):
         return super().needs_steps() or self.mode == "pd" or self.mode != "diffusion" and self.anneal > 0
 
     def distills(self):
         return self.mode in ("cd", "pd")
+
+    def check(self):
+        if self.figure and (self.dataset != "gmm1d" or kit.WORLD > 1):
+            kit.fail("--figure is for --dataset gmm1d and one process")
+        if self.mode == "pd" and self.pd_start / self.student_steps not in (2**i for i in range(20)):
+            kit.fail(f"--pd_start must be --student_steps {self.student_steps} times a power of 2")
+        if self.x_var_data and not self.x_var_frac:
+            kit.fail("--x_var_data measures what --x_var_frac is a share of: give one above 0")
+        if self.guidance != 1 and not self.conditional:
+            kit.fail("--guidance needs --conditional, and a teacher trained with --label_dropout")
+        if self.solver == "heun" and self.mode != "diffusion":
+            kit.fail("--solver heun is a sampler of --mode diffusion; a teacher takes addim or ddim steps")
+        steps = self.teacher_steps
+        if len(steps) != 2 or not all(type(n) is int and self.student_steps <= n < 2**31 for n in steps):
+            kit.fail("--teacher_steps takes two numbers, such as 64,1280, neither below --student_steps")
+        if len(self.noise_res) not in (0, 3) or not all(0 < r < math.inf for r in self.noise_res):
+            kit.fail("--noise_res takes three resolutions, such as 32,64,64, or none")
 
 
 # ------------------------------------------------------------------------------------------------- PRESETS
@@ -79,23 +97,23 @@ PRESETS = {
     # DEPARTS: paper UViTs of 394 M and (L) 1.23 B; here EDM2's U-Nets of 280 M and 778 M
     # DEPARTS: paper names neither learning rate nor EMA; those here are ours, and EDM2's for teachers
     "imagenet64": dict(steps=200_000, lr=1e-4, noise_res=(32, 64, 64)),
-    ("imagenet64", "S"): dict(dropout=0.2, dropout_res=16),
-    ("imagenet64", "S", "diffusion"): dict(dropout=0.2),
-    ("imagenet64", "L"): dict(dropout=0.1, dropout_res=32),
+    "imagenet64 --size S": dict(dropout=0.2, dropout_res=16),
+    "imagenet64 --size S --mode diffusion": dict(dropout=0.2),
+    "imagenet64 --size L": dict(dropout=0.1, dropout_res=32),
     # FID of 4 / 8 / 16 steps, text to image: 8.7 / 8.1 / 7.9 with guidance 1.5, 12.4 / 13.9 / 14.4 with 4
     # DEPARTS: paper trains all of its own pixel model, 512 x 512, noise resolutions 32 to 512; here LoRA on a
     # pipeline's latents, with the plain cosine, and the learning rate of LCM-LoRA, as the paper names none
     "text": dict(steps=30_000, batch=2048, micro=1, student_steps=16, teacher_steps=(256, 256), anneal=0.0,
-                 huber=1.0, guidance=1.5, lr=1e-4, ema_sigma_rel=0.0, ema_halflife=0.0, save_every=500),
+                 huber_c=1.0, guidance=1.5, lr=1e-4, ema_sigma_rel=0.0, ema_halflife=0.0, save_every=500),
     # FID of 1 / 2 / 4 / 8 / 16 steps, cd with guidance of unknown strength: 8.5 / 3.1 / 2.4 / 2.1 / 2.0;
     # L 7.0 / 3.1 / 2.3 / 2.1 / 2.0
     # DEPARTS: paper UViTs of 397 M and (L) 1.25 B and a multiscale loss; here U-Nets of 184 M and 736 M
-    "imagenet128": dict(common.EDM2_NET, image_size=128, conditional=True, batch=2048, steps=200_000, lr=1e-4,
+    "imagenet128": dict(kit.EDM2_NET, image_size=128, conditional=True, batch=2048, steps=200_000, lr=1e-4,
                         channels=128, channel_mult=(1, 2, 3, 4, 4), dropout=0.1, dropout_res=16,
                         noise_res=(32, 128, 128), save_every=2500),
-    ("imagenet128", "L"): dict(channels=256, dropout_res=64),
-    ("imagenet128", "diffusion"): dict(lr=1e-2, lr_warmup=5000, lr_ref=35_000, steps=500_000,
-                                       label_dropout=0.1),
+    "imagenet128 --size L": dict(channels=256, dropout_res=64),
+    "imagenet128 --mode diffusion": dict(lr=1e-2, lr_warmup=5000, lr_ref=35_000, steps=500_000,
+                                         label_dropout=0.1),
 }
 
 
@@ -154,23 +172,11 @@ def analytic_variance(t, cfg):
     return 0.1 / (2 + snr(t, cfg))
 
 
-def measured_variance(net, t, cfg, n=512):
-    """x_var_frac times the squared error of the denoiser on n samples of the data at t (B,), which is the
-    same for all. It is measured once for each t and stays with the network (Alg. 3, "precompute")."""
-    known = vars(net).setdefault("x_var", {})
-    version = next((p._version for p in net.parameters()), 0)  # an average changes between reports
-    if (key := (float(t[0]), cfg.x_var_frac, version)) not in known:
-        draw = common.Draw(cfg.seed, 2**32, 0, n, t.device)
-        x0, y = common.dataset(cfg, t.device).batch(draw)
-        t = t[:1].expand(n)
-        known[key] = cfg.x_var_frac * (f(net, noisy(x0, t, draw, cfg), t, y, cfg) - x0).square().mean()
-    return known[key]
-
-
 def noisy(x0, t, gen, cfg):
-    """z_t in float64, because invDDIM divides by small differences."""
+    """z_t, and the noise eps in it, in float64, because invDDIM divides by small differences."""
     x0, (alpha, sigma) = x0.double(), alpha_sigma(t, cfg)
-    return like(alpha, x0) * x0 + like(sigma, x0) * gen.normal(*x0.shape[1:])
+    eps = gen.normal(*x0.shape[1:])
+    return like(alpha, x0) * x0 + like(sigma, x0) * eps, eps
 
 
 # ----------------------------------------------------------------------------------- consistency function f
@@ -187,13 +193,13 @@ def weighted(error, t, cfg):
     """(SNR + 1) || error ||."""
     # DEPARTS: the paper prints no formula for its pseudo-Huber; here that of the root mean square
     mse = error.square().flatten(1).mean(1)
-    return ((snr(t, cfg) + 1) * ((mse + cfg.huber**2).sqrt() - cfg.huber)).mean()
+    return ((snr(t, cfg) + 1) * ((mse + cfg.huber_c**2).sqrt() - cfg.huber_c)).mean()
 
 
 def diffusion(net, target, teacher, x0, y, step, cfg, gen):
     """v-loss: (SNR + 1) times the squared error of x, with t uniform."""
     t = gen.uniform().clamp(min=1e-4)
-    z_t = noisy(x0, t, gen, cfg)
+    z_t, _ = noisy(x0, t, gen, cfg)
     gen.same_dropout()
     mse = (f(net, z_t, t, y, cfg) - x0).square().flatten(1).mean(1)
     return ((snr(t, cfg) + 1) * mse).mean(), {}
@@ -214,7 +220,7 @@ def consistency(net, target, z_t, t, z_s, s, y, cfg, gen, t_step):
 def ct(net, target, teacher, x0, y, step, cfg, gen):
     """Consistency training: x* is the data, so aDDIM is DDIM."""
     t, s, t_step = times(gen, step, cfg)
-    z_t = noisy(x0, t, gen, cfg)
+    z_t, _ = noisy(x0, t, gen, cfg)
     z_s = ddim(x0.double(), z_t, t, s, cfg)
     return consistency(net, target, z_t, t, z_s, s, y, cfg, gen, t_step)
 
@@ -225,8 +231,7 @@ def ode_step(teacher, z_t, t, s, y, cfg, x0):
     (App. A.1)."""
     x = x_star = f(teacher, z_t, t, y, cfg)
     if cfg.guidance != 1:
-        x_uncond = f(teacher, z_t, t, torch.full_like(y, -1), cfg)
-        x_star = x_uncond + cfg.guidance * (x - x_uncond)
+        x_star = common.guide(x, f(teacher, z_t, t, torch.full_like(y, -1), cfg), cfg.guidance)
     if cfg.solver == "ddim":
         return ddim(x_star, z_t, t, s, cfg)
     measured = cfg.x_var_frac * (x - x0).square().flatten(1).mean(1)
@@ -236,7 +241,7 @@ def ode_step(teacher, z_t, t, s, y, cfg, x0):
 def cd(net, target, teacher, x0, y, step, cfg, gen):
     """Consistency distillation."""
     t, s, t_step = times(gen, step, cfg)
-    z_t = noisy(x0, t, gen, cfg)
+    z_t, _ = noisy(x0, t, gen, cfg)
     z_s = ode_step(teacher, z_t, t, s, y, cfg, x0)
     return consistency(net, target, z_t, t, z_s, s, y, cfg, gen, t_step)
 
@@ -250,11 +255,11 @@ def halvings(step, cfg):
 def pd(net, target, teacher, x0, y, step, cfg, gen):
     """One step of the student is two of the target: at first the teacher's, with aDDIM, then the last
     student's."""
-    # DEPARTS: paper starts each stage anew; here lr and Adam go on. Both teacher steps have one variance.
+    # DEPARTS: paper starts each stage anew; here the learning rate and Adam's moments go on
     n = cfg.pd_start // 2 ** halvings(step, cfg)
     i = 1 + gen.index(n).double()
     t, mid, s = i / n, (i - 0.5) / n, (i - 1) / n
-    z_t = noisy(x0, t, gen, cfg)
+    z_t, _ = noisy(x0, t, gen, cfg)
     with torch.no_grad():
         if halvings(step, cfg):
             z_mid = ddim(f(target, z_t, t, y, cfg), z_t, t, mid, cfg)
@@ -272,37 +277,52 @@ LOSSES = {"diffusion": diffusion, "ct": ct, "cd": cd, "pd": pd}
 
 # ------------------------------------------------------------------------------------------------- sampler
 @torch.no_grad()
-def sample(net, noise, y, nfe, cfg, gen, path=None):
-    """noise ~ N(0, sigma_d^2 I) (B, ...) -> x. Alg. 2: one DDIM step a segment. `path` collects the states.
+def sample(net, noise, y, nfe, cfg, gen, x_var=None, path=None):
+    """noise ~ N(0, sigma_d^2 I) (B, ...) -> x. Alg. 2: one DDIM step a segment. `path` collects (t, z).
 
-    diffusion takes nfe steps of --solver: DDIM, aDDIM (Alg. 3), or Heun's on EDM's grid."""
+    diffusion takes nfe steps of --solver: DDIM, aDDIM (Alg. 3) with the variances x_var (nfe,) or else the
+    analytic ones, or Heun's on EDM's grid."""
     if cfg.mode == "diffusion" and cfg.solver == "heun":
         return common.solve(net, noise, common.ode_times((nfe + 1) // 2, cfg.sigma_d), y, cfg.sigma_d)
     if cfg.mode != "diffusion" and nfe != cfg.student_steps:
-        common.fail(f"a run with --student_steps {cfg.student_steps} takes --nfe {cfg.student_steps}")
+        kit.fail(f"a run with --student_steps {cfg.student_steps} takes --nfe {cfg.student_steps}")
     z = noise.double() / cfg.sigma_d
     for i in range(nfe, 0, -1):
         t, s = (torch.full(z.shape[:1], j / nfe, dtype=torch.float64, device=z.device) for j in (i, i - 1))
         x = f(net, z, t, y, cfg)
-        z_s = ddim(x, z, t, s, cfg)
-        if cfg.mode == "diffusion" and cfg.solver == "addim":
-            x_var = measured_variance(net, t, cfg) if cfg.x_var_data else analytic_variance(t, cfg)
-            z_s = addim(x, z, x_var, t, s, cfg)
         if path is not None:
-            path += [ddim(x, z, t, t + u * (s - t), cfg) for u in torch.arange(240 // nfe) * nfe / 240]
-        z = z_s
+            part = torch.arange(PATH // nfe) / (PATH // nfe)
+            path += [ddim(x, z, t, t + u * (s - t), cfg) for u in part]
+        if cfg.mode == "diffusion" and cfg.solver == "addim":
+            z = addim(x, z, analytic_variance(t, cfg) if x_var is None else x_var[i - 1], t, s, cfg)
+        else:
+            z = ddim(x, z, t, s, cfg)
     return z.to(noise.dtype)
+
+
+@torch.no_grad()
+def measured(net, data, nfe, cfg, device="cpu", n=512):
+    """`sample` for nfe steps, with x_var_frac times the squared error of the denoiser at each of their times,
+    measured on n samples of the data before it starts (Alg. 3, "precompute")."""
+    x_var = []
+    for i in range(1, nfe + 1):
+        gen = common.Draw(cfg.seed, 2**32, 0, n, device)
+        x0, y = data.batch(gen)
+        t = torch.full((n,), i / nfe, dtype=torch.float64, device=device)
+        z_t, _ = noisy(x0, t, gen, cfg)
+        x_var.append(cfg.x_var_frac * (f(net, z_t, t, y, cfg) - x0).square().mean())
+    return functools.partial(sample, x_var=torch.stack(x_var))
 
 
 # --------------------------------------------------------------------------------------------------- train
 def train(cfg):
-    run = common.Run(cfg)
-    data = common.dataset(cfg, run.device)  # <- method
-    teacher = common.load_teacher(cfg, data, run.device)  # <- method
-    net = common.network(cfg, data, run.device, head=False)  # <- method
+    run = kit.Run(cfg)
+    data = kit.dataset(cfg, run.device)
+    teacher = kit.load_teacher(cfg, data, run.device)  # <- method
+    net = kit.network(cfg, data, run.device, head=False)  # <- method
     target = copy.deepcopy(net).eval().requires_grad_(False) if cfg.mode == "pd" else net  # <- method
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = common.make_optimizer(net, cfg)
+    optimizer = kit.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
     state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
     start = run.resume(state) if cfg.resume else 0
@@ -323,8 +343,8 @@ def train(cfg):
         total = run.mean(total)
         if run.finite(total, grad_norm):
             scaler.step(optimizer)
-            common.normalize_weights(net)
-            common.update_ema(ema, net, step + 1, cfg)
+            kit.normalize_weights(net)
+            kit.lerp(ema, net, common.ema_beta(step + 1, cfg))
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
@@ -335,8 +355,8 @@ def train(cfg):
         if done % cfg.save_every == 0 or done in (1, cfg.steps):
             run.save(state, done)
         if done % cfg.sample_every == 0 or done == cfg.steps:
-            common.report(cfg, run, done, sample, ema, data, teacher, (cfg.student_steps,))  # <- method
-            if cfg.teacher == "exact" and cfg.mode != "diffusion" and common.RANK == 0:  # <- method
+            kit.report(cfg, run, done, sample, ema, data, teacher, (cfg.student_steps,))  # <- method
+            if teacher is data and cfg.mode != "diffusion" and kit.RANK == 0:  # <- method: a mixture
                 compare(cfg, teacher)  # <- method
 
 
@@ -348,63 +368,53 @@ def compare(cfg, teacher):
     noise = cfg.sigma_d * gen.normal(*teacher.shape)
     y = gen.index(teacher.classes) if cfg.conditional else None
     fresh, _ = teacher.batch(common.Draw(cfg.seed, 2**32, 0, 5000, teacher.mean.device))
-    for solver, measured in (("ddim", False), ("addim", False), ("addim", True), ("heun", False)):
-        used = nfe if solver != "heun" else 2 * ((nfe + 1) // 2) - 1
-        if used > 1 or solver != "heun":
-            way = replace(cfg, mode="diffusion", solver=solver, x_var_data=measured)
-            x, name = sample(teacher, noise, y, nfe, way, gen), solver + ", x_var measured" * measured
-            rows[name] = common.energy_distance(x, fresh)
-            print(f"teacher, {name}, {used} NFE: {rows[name]:.5f}")
+    for name in ("ddim", "addim", "addim, x_var measured", "heun"):
+        way, used = replace(cfg, mode="diffusion", solver=name.split(",")[0]), nfe
+        if name == "heun":
+            used = 2 * ((nfe + 1) // 2) - 1
+            if used == 1:
+                continue
+        sampler = measured(teacher, teacher, nfe, way) if "measured" in name else sample
+        rows[name] = kit.distance(sampler(teacher, noise, y, nfe, way, gen), fresh)
+        print(f"teacher, {name}, {used} NFE: {rows[name]:.5f}")
     return rows
+
+
+PATH = 240  # states along a path of --figure, which is a multiple of each number of steps
 
 
 def figure(cfg):
     """Fig. 1: densities of (t, z) along paths from the same noise, which is at the left; data is at the
     right."""
     noise, columns = cfg.sigma_d * common.Draw(0, 0, 0, 400).normal(1), {}
-    for steps in (1, 2, 4, 0):
-        part, path = replace(cfg, student_steps=steps or 240, out=f"{cfg.out}/{steps}"), []
-        if steps:
+    for steps in (1, 2, 4, PATH):
+        part, path = replace(cfg, student_steps=steps, out=f"{cfg.out}/{steps}"), []
+        if steps < PATH:
             train(part)
-            net = common.load_net(part.out)
+            net = kit.load_net(part.out)
         else:  # the ODE: many DDIM steps of the exact teacher
-            net = common.dataset(cfg)
-        sample(net, noise, None, part.student_steps, part, None, path)
+            net = kit.dataset(cfg)
+        sample(net, noise, None, steps, part, None, path=path)
         time = ((torch.arange(len(path)) + 0.5) / len(path) * 2 - 1).expand(len(noise), -1)
         points = torch.stack([time, torch.cat(path, 1).float() / 3], 2).flatten(0, 1)
-        columns[f"{steps} step{'s' * (steps > 1)}" if steps else "ODE"] = points
-    common.panels(columns, f"{cfg.out}/paths.png")
+        columns["ODE" if steps == PATH else f"{steps} step{'s' * (steps > 1)}"] = points
+    kit.panels(columns, f"{cfg.out}/paths.png")
     print(f"wrote {cfg.out}/paths.png")
 
 
 # ---------------------------------------------------------------------------------------------------- main
 def main(argv=None):
-    words = sys.argv[1:] if argv is None else argv
-    picture = any(word.startswith("--figure") for word in words)
-    cfg = common.parse_args(Config, PRESETS, LOSSES, ["--dataset", "gmm1d"] * picture + words)
-    if cfg.figure and (cfg.dataset != "gmm1d" or common.WORLD > 1):
-        common.fail("--figure is for --dataset gmm1d and one process")
-    if cfg.mode == "pd" and cfg.pd_start / cfg.student_steps not in (2**i for i in range(20)):
-        common.fail(f"--pd_start must be --student_steps {cfg.student_steps} times a power of 2")
-    if cfg.x_var_data and not cfg.x_var_frac:
-        common.fail("--x_var_data measures what --x_var_frac is a share of: give one above 0")
-    if cfg.guidance != 1 and not cfg.conditional:
-        common.fail("--guidance needs --conditional, and a teacher trained with --label_dropout")
-    if cfg.solver == "heun" and cfg.mode != "diffusion":
-        common.fail("--solver heun is a sampler of --mode diffusion; a teacher takes addim or ddim steps")
-    steps = cfg.teacher_steps
-    if len(steps) != 2 or not all(type(n) is int and cfg.student_steps <= n < 2**31 for n in steps):
-        common.fail("--teacher_steps takes two numbers, such as 64,1280, neither below --student_steps")
-    if len(cfg.noise_res) not in (0, 3) or not all(0 < r < math.inf for r in cfg.noise_res):
-        common.fail("--noise_res takes three resolutions, such as 32,64,64, or none")
-    if cfg.figure:
-        figure(cfg)
-    elif cfg.sample:
-        common.write_samples(cfg, sample)
-    elif cfg.dry_run:
-        common.dry_run(cfg)
-    else:
-        train(cfg)
+    cfg = kit.parse_args(Config, PRESETS, LOSSES, argv)
+    if cfg.figure:  # <- method
+        return figure(cfg)  # <- method
+    if cfg.sample and cfg.x_var_data:  # <- method
+        sampler = measured(kit.load_net(cfg.out), kit.dataset(cfg), cfg.nfe, cfg)  # <- method
+        return kit.write_samples(cfg, sampler)  # <- method
+    if cfg.sample:
+        return kit.write_samples(cfg, sample)
+    if cfg.dry_run:
+        return kit.dry_run(cfg)
+    train(cfg)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ The paper also lists FIDs of sCD in 2 to 16 segments. It says neither where thes
 their ends is, so they are absent here; multistep_cm.py has them in discrete time.
 
 Differs from cm.py by: 1) TrigFlow instead of EDM's process; 2) a tangent instead of a pair of times;
-3) a square loss with a learned weight; 4) a network (in common.py) whose derivative in t stays bounded.
+3) a square loss with a learned weight; 4) a network (see kit/networks.py) whose derivative in t is bounded.
 
     python scm.py                                               toy: 8 Gaussians, exact teacher
     python scm.py --dataset folder --data PATH --image_size 16 --mode diffusion
@@ -28,6 +28,7 @@ Differs from cm.py by: 1) TrigFlow instead of EDM's process; 2) a tangent instea
 """
 # ------------------------------------------------------------------------------------------------- imports
 import common
+import kit
 from common import like
 
 import copy
@@ -40,7 +41,7 @@ import torch
 
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
-class Config(common.Config):
+class Config(kit.Config):
     mode: str = "scd"  # training objective
     P_mean: float = -1.0  # mean of log(sigma) in training, where sigma = sigma_d tan(t)
     P_std: float = 1.4  # standard deviation of log(sigma) in training
@@ -51,10 +52,24 @@ class Config(common.Config):
     mid_t: float = 1.1  # time of the second sampling step, in radians
     guidance_max: float = 1.0  # distillation: train for all strengths of guidance from 1 to this; 1 is off
     guidance: float = 1.0  # strength of guidance in sampling; 1 is off
-    intervals: int = 1024  # dscd: N, intervals of EDM's grid
+    intervals: int = kit.flag(1024, least=1)  # dscd: N, intervals of EDM's grid
 
     def distills(self):
         return self.mode in ("scd", "dscd", "vsd", "scd+vsd")
+
+    def check(self):
+        if self.guidance_max < 1:
+            kit.fail(f"--guidance_max must be at least 1, which is off, not {self.guidance_max}")
+        if self.guidance == self.guidance_max == 1:
+            return
+        if not self.conditional:
+            kit.fail("guidance compares with no label, so it needs --conditional")
+        if self.mode == "sct":
+            kit.fail("guidance of a student is its teacher's, and --mode sct has none")
+        if self.distills() and self.guidance_max == 1:
+            kit.fail("--guidance of a student needs one that was trained with --guidance_max")
+        if self.mode == "diffusion" and self.guidance_max > 1:
+            kit.fail("--guidance_max is for students; a diffusion model takes any --guidance in sampling")
 
 
 # ------------------------------------------------------------------------------------------------- PRESETS
@@ -65,32 +80,32 @@ PRESETS = {
     # DEPARTS: paper adaptive weighting; here none, because an exact teacher's residual vanishes as t -> 0.
     # The best e^w, its inverse, has no bound there and drowns the large t.
     "gmm": dict(steps=5000, batch=512, warmup=500, P_std=1.8, weighting="none"),
-    **{("gmm", mode): dict(lr=3e-3, lr_cooldown=0.8) for mode in ("scd", "dscd")},
+    **{f"gmm --mode {mode}": dict(lr=3e-3, lr_cooldown=0.8) for mode in ("scd", "dscd")},
     "shapes": dict(warmup=200),
     "folder": dict(warmup=200),
     # With 2e-3, shapes get noisier the longer it trains, and two steps on photographs are worse.
-    **{key: dict(lr=5e-4) for key in (("shapes", "scd"), ("folder", "scd"), ("folder", "sct"))},
+    **{key: dict(lr=5e-4) for key in ("shapes --mode scd", "folder --mode scd", "folder --mode sct")},
     # FID of 1 / 2 steps: sct 2.85 / 2.06, scd 3.66 / 2.52; the teacher has 2.15. (P_std is 1.8 beside ECT.)
     "cifar10": dict(batch=512, steps=400_000, lr=1e-4),
-    ("cifar10", "sct"): dict(dropout=0.2),
+    "cifar10 --mode sct": dict(dropout=0.2),
     # FID of 1 / 2 steps, S to XL: scd 2.97 / 2.07, 2.79 / 1.89, 2.43 / 1.70, 2.44 / 1.66; sct 3.23 / 2.93,
     # 2.25 / 1.81, 2.08 / 1.57, 2.04 / 1.48; the teachers have 1.70, 1.55, 1.44, 1.38
     "imagenet64": dict(EDM2, steps=400_000, lr_ref=35_000, P_std=1.6),
-    ("imagenet64", "sct"): dict(dropout=0.45, dropout_res=16),
+    "imagenet64 --mode sct": dict(dropout=0.45, dropout_res=16),
     # FID of 1 / 2 steps, scd: S 3.07 / 2.50 to XXL 2.28 / 1.88. --guidance is 1.5 (S) or 1.3 for one step,
     # 1.4 (S) or 1.2 for two.
     "imagenet512": dict(EDM2, steps=200_000, lr_ref=70_000, P_mean=-0.8, P_std=1.6, guidance_max=2.0),
-    ("imagenet512", "diffusion"): dict(label_dropout=0.1, guidance_max=1.0),
-    ("imagenet512", "sct"): dict(steps=100_000, guidance_max=1.0),
-    ("imagenet512", "scd+vsd"): dict(steps=20_000, warmup=0),  # on top of scd: --init RUN
+    "imagenet512 --mode diffusion": dict(label_dropout=0.1, guidance_max=1.0),
+    "imagenet512 --mode sct": dict(steps=100_000, guidance_max=1.0),
+    "imagenet512 --mode scd+vsd": dict(steps=20_000, warmup=0),  # on top of scd: --init RUN
 }
-for name, sizes in common.EDM2_TEACHERS.items():  # a hundredth of the teachers' learning rates
-    PRESETS |= {(name, size): dict(lr=lr / 100) for size, (lr, *_) in sizes.items()}
-for size in common.EDM2_TEACHERS["imagenet512"]:
+for name, sizes in kit.EDM2_TEACHERS.items():  # a hundredth of the teachers' learning rates
+    PRESETS |= {f"{name} --size {size}": dict(lr=lr / 100) for size, (lr, *_) in sizes.items()}
+for size in kit.EDM2_TEACHERS["imagenet512"]:
     # DEPARTS: paper says "25 / 35 %" and "0 / 10 %"; here the lower ones for S, the higher for the others
-    low = size == "S"
-    PRESETS["imagenet512", size, "sct"] = dict(dropout=0.25 if low else 0.35, dropout_res=16)
-    PRESETS |= {("imagenet512", size, mode): dict(dropout=0.0 if low else 0.1, dropout_res=16)
+    low, key = size == "S", f"imagenet512 --size {size} --mode"
+    PRESETS[f"{key} sct"] = dict(dropout=0.25 if low else 0.35, dropout_res=16)
+    PRESETS |= {f"{key} {mode}": dict(dropout=0.0 if low else 0.1, dropout_res=16)
                 for mode in ("scd", "dscd", "vsd", "scd+vsd")}
 
 
@@ -104,19 +119,31 @@ def times(gen, step, cfg):
 def neighbours(gen, step, cfg):
     """Of dscd: t > s next to each other on EDM's grid of N intervals, with s = 0 at its end. Each interval is
     as frequent as the log-normal has mass in it (App. E)."""
-    sigma = common.karras(cfg.intervals + 1).flip(0)                       # ascending, (N + 1,)
-    mass = torch.erf((sigma.log() - cfg.P_mean) / (math.sqrt(2) * cfg.P_std)).diff().cumsum(0)
-    i = torch.searchsorted(mass.to(gen.device), gen.uniform() * mass[-1])  # 0..N-1
-    grid = torch.atan(sigma / cfg.sigma_d).to(gen.device)
+    sigma = common.karras(cfg.intervals + 1).flip(0).to(gen.device)        # ascending, (N + 1,)
+    i = common.lognormal_index(gen, sigma, cfg.P_mean, cfg.P_std)          # 0..N-1
+    grid = torch.atan(sigma / cfg.sigma_d)
     grid[0] = 0
     return grid[i + 1], grid[i]
 
 
-def diffuse(x0, t, gen, cfg):
-    """x_t, and its velocity along the sample's own path, v_t = cos(t) z - sin(t) x_0."""
+def noisy(x0, t, gen, cfg):
+    """x_t, and the noise z in it."""
     z = cfg.sigma_d * gen.normal(*x0.shape[1:])
-    cos, sin = like(t.cos(), x0), like(t.sin(), x0)
-    return cos * x0 + sin * z, cos * z - sin * x0
+    return like(t.cos(), x0) * x0 + like(t.sin(), x0) * z, z
+
+
+def path_velocity(x0, z, t):
+    """v_t = cos(t) z - sin(t) x_0, the derivative of x_t with x_0 and z held."""
+    return like(t.cos(), x0) * z - like(t.sin(), x0) * x0
+
+
+@torch.no_grad()
+def velocity(model, x_t, t, y, guidance, cfg):
+    """dx_t/dt = sigma_d F of a diffusion model (Eq. 3), with guidance (B,) under classifier-free guidance."""
+    F = model(x_t / cfg.sigma_d, t, y)
+    if guidance is not None:
+        F = common.guide(F, model(x_t / cfg.sigma_d, t, torch.full_like(y, -1)), guidance)
+    return cfg.sigma_d * F
 
 
 # ----------------------------------------------------------------------------------- consistency function f
@@ -136,20 +163,10 @@ def adaptive(error, w):
 def diffusion(net, target, teacher, x0, y, step, cfg, gen):
     """Eq. 4 with adaptive weighting. F and v_t / sigma_d have unit variance, so there is no other weight."""
     t = times(gen, step, cfg)
-    x_t, v_t = diffuse(x0, t, gen, cfg)
+    x_t, z = noisy(x0, t, gen, cfg)
     gen.same_dropout()
     F, w = net(x_t / cfg.sigma_d, t, y, return_w=True)
-    return adaptive(F - v_t / cfg.sigma_d, w)
-
-
-@torch.no_grad()
-def velocity(model, x_t, t, y, guidance, cfg):
-    """dx_t/dt = sigma_d F of a diffusion model (Eq. 3), with guidance (B,) under classifier-free guidance."""
-    F = model(x_t / cfg.sigma_d, t, y)
-    if guidance is not None:
-        F_uncond = model(x_t / cfg.sigma_d, t, torch.full_like(y, -1))
-        F = F_uncond + like(guidance, F) * (F - F_uncond)
-    return cfg.sigma_d * F
+    return adaptive(F - path_velocity(x0, z, t) / cfg.sigma_d, w)
 
 
 def warmup(step, cfg):
@@ -171,16 +188,19 @@ def tangent(target, x_t, t, y, guidance, dxdt, step, cfg, gen):
 
 @torch.no_grad()
 def discrete_tangent(target, x_t, t, s, y, guidance, dxdt, step, cfg, gen):
-    """The same with (f^-(x_t, t) - f^-(x_s, s)) / sin(t - s) in place of df^-/dt (App. E)."""
+    """The same with (f^-(x_t, t) - f^-(x_s, s)) / sin(t - s) in place of df^-/dt (App. E).
+
+    With t = s + h, the sines and cosines of t in f(x_t, t) become those of s and h. What is left over sin(h)
+    is Eq. 6 at s, with dF for dF/dt."""
     cos_h, sin_h = like((t - s).cos(), x_t), like((t - s).sin(), x_t)
     x_s = cos_h * x_t - sin_h * dxdt                                     # one DDIM step of the teacher
     gen.same_dropout()
     F = target(x_t / cfg.sigma_d, t, y, guidance)
     gen.same_dropout()
     dF = (cos_h * F - target(x_s / cfg.sigma_d, s, y, guidance)) / sin_h  # -> dF/dt as s -> t
-    cos, sin, r = like(s.cos(), x_t), like(s.sin(), x_t), warmup(step, cfg)
-    df = -cos * (cfg.sigma_d * F - dxdt) - r * sin * (x_t + cfg.sigma_d * dF)
-    return F, like(t.cos(), x_t) * df
+    cos_s, sin_s, r = like(s.cos(), x_t), like(s.sin(), x_t), warmup(step, cfg)
+    df = -cos_s * (cfg.sigma_d * F - dxdt) - r * sin_s * (x_t + cfg.sigma_d * dF)
+    return F, like(t.cos(), x_t) * df                                    # g = cos(t) df/dt
 
 
 def normalize(g, t, cfg):
@@ -208,7 +228,7 @@ def draw_guidance(gen, cfg):
 def scd(net, target, teacher, x0, y, step, cfg, gen):
     """Consistency distillation: dx_t/dt is the teacher's."""
     t = times(gen, step, cfg)
-    x_t, _ = diffuse(x0, t, gen, cfg)
+    x_t, _ = noisy(x0, t, gen, cfg)
     guidance = draw_guidance(gen, cfg)
     dxdt = velocity(teacher, x_t, t, y, guidance, cfg)
     F_minus, g = tangent(target, x_t, t, y, guidance, dxdt, step, cfg, gen)
@@ -218,15 +238,15 @@ def scd(net, target, teacher, x0, y, step, cfg, gen):
 def sct(net, target, teacher, x0, y, step, cfg, gen):
     """Consistency training: dx_t/dt is v_t, whose mean given x_t is the PF-ODE's."""
     t = times(gen, step, cfg)
-    x_t, v_t = diffuse(x0, t, gen, cfg)
-    F_minus, g = tangent(target, x_t, t, y, None, v_t, step, cfg, gen)
+    x_t, z = noisy(x0, t, gen, cfg)
+    F_minus, g = tangent(target, x_t, t, y, None, path_velocity(x0, z, t), step, cfg, gen)
     return match(net, x_t, t, y, None, F_minus, g, cfg, gen)
 
 
 def dscd(net, target, teacher, x0, y, step, cfg, gen):
     """Consistency distillation between neighbours of a grid, the discrete-time twin of scd (App. E)."""
     t, s = neighbours(gen, step, cfg)
-    x_t, _ = diffuse(x0, t, gen, cfg)
+    x_t, _ = noisy(x0, t, gen, cfg)
     guidance = draw_guidance(gen, cfg)
     dxdt = velocity(teacher, x_t, t, y, guidance, cfg)
     F_minus, g = discrete_tangent(target, x_t, t, s, y, guidance, dxdt, step, cfg, gen)
@@ -240,28 +260,29 @@ COMPARED, FAKE = dict(P_mean=0.4, P_std=2.0), dict(P_mean=-0.8, P_std=1.6)
 def vsd(net, target, teacher, x0, y, step, cfg, gen):
     """Variational score distillation (App. C), with one update of the fake score beside each of the student.
 
-    Each of the two losses reaches its own weights alone: the samples are detached for the fake score, and
-    target.fake is called without gradient for the student."""
+    Each of the two losses reaches its own weights alone: the samples are detached for the fake score, which
+    the student's loss calls without gradient."""
+    fake = target.extra["fake"]
     z = cfg.sigma_d * gen.normal(*x0.shape[1:])
-    t_max = torch.full_like(gen.uniform(), math.atan(80 / cfg.sigma_d))
+    t_max = torch.full(z.shape[:1], math.atan(80 / cfg.sigma_d), dtype=torch.float64, device=z.device)
     guidance = draw_guidance(gen, cfg)
     gen.same_dropout()
     F = net(z / cfg.sigma_d, t_max, y, guidance)
     x = (like(t_max.cos(), z) * z - like(t_max.sin(), z) * cfg.sigma_d * F).detach()  # f(z, t_max)
     t = times(gen, step, replace(cfg, **COMPARED))
-    x_t, _ = diffuse(x, t, gen, cfg)
-    target.fake.eval()  # without dropout it judges, like the teacher
+    x_t, _ = noisy(x, t, gen, cfg)
     gap = velocity(teacher, x_t, t, y, guidance, cfg) / cfg.sigma_d
+    fake.eval()  # without dropout it judges, like the teacher
     with torch.no_grad():
-        gap = gap - target.fake(x_t / cfg.sigma_d, t, y, guidance)
-    target.fake.train()
-    w = target.vsd_head(t) if target.vsd_head else 0 * t
-    student, info = adaptive(cfg.sigma_d * (F - F.detach()) - gap, w)
+        gap = gap - fake(x_t / cfg.sigma_d, t, y, guidance)
+    fake.train()
+    w = target.extra["vsd_head"](t) if cfg.weighting == "adaptive" else 0 * t
+    loss, info = adaptive(cfg.sigma_d * (F - F.detach()) - gap, w)
     t = times(gen, step, replace(cfg, **FAKE))
-    x_t, v_t = diffuse(x, t, gen, cfg)
-    F_fake, w = target.fake(x_t / cfg.sigma_d, t, y, guidance, return_w=True)
-    fake, _ = adaptive(F_fake - v_t / cfg.sigma_d, w)
-    return student + fake, dict(vsd=info["mse"], fake=fake.detach())
+    x_t, z = noisy(x, t, gen, cfg)
+    F_fake, w = fake(x_t / cfg.sigma_d, t, y, guidance, return_w=True)
+    fake_loss, _ = adaptive(F_fake - path_velocity(x, z, t) / cfg.sigma_d, w)
+    return loss + fake_loss, dict(vsd=info["mse"], fake=fake_loss.detach())
 
 
 def scd_vsd(*inputs):
@@ -296,28 +317,28 @@ def sample(net, noise, y, nfe, cfg, gen):
 
 # --------------------------------------------------------------------------------------------------- train
 def student(cfg, data, device):
-    """The network. For vsd, it also holds the fake score, which starts as the teacher, and the head of vsd's
-    w(t). Whatever takes the network's parameters takes theirs, too."""
-    adaptive = cfg.weighting == "adaptive"
-    options = dict(head=adaptive, guidance=cfg.guidance_max > 1)
-    net = common.network(cfg, data, device, **options | dict(head=adaptive and cfg.mode != "vsd"))
-    net.fake = net.vsd_head = None
+    """The network. vsd adds the fake score, which starts as the teacher, and a head for its own w(t). Both
+    are trained with the network."""
+    head = cfg.weighting == "adaptive"
+    options = dict(guidance=cfg.guidance_max > 1)
+    net = kit.network(cfg, data, device, head=head and cfg.mode != "vsd", **options)
     if "vsd" in cfg.mode:
         # DEPARTS: an exact teacher is no network, so on the toy the fake score starts from random weights
-        net.fake = common.network(replace(cfg, init=""), data, device, **options)
-        net.vsd_head = copy.deepcopy(net.fake.head)
+        fake = net.extra["fake"] = kit.network(replace(cfg, init=""), data, device, head=head, **options)
+        if head:
+            net.extra["vsd_head"] = copy.deepcopy(fake.head)
     return net
 
 
 def train(cfg):
-    run = common.Run(cfg)
-    data = common.dataset(cfg, run.device)  # <- method
-    teacher = common.load_teacher(cfg, data, run.device)  # <- method
+    run = kit.Run(cfg)
+    data = kit.dataset(cfg, run.device)
+    teacher = kit.load_teacher(cfg, data, run.device)  # <- method
     net = student(cfg, data, run.device)  # <- method
     target = net  # <- method: the live network itself is the branch without gradient
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    ema.fake = ema.vsd_head = None  # <- method: they are of the loss, and have no average
-    optimizer = common.make_optimizer(net, cfg)
+    ema.extra.clear()  # <- method: the fake score is of the loss, and has no average
+    optimizer = kit.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
     state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
     start = run.resume(state) if cfg.resume else 0
@@ -338,8 +359,8 @@ def train(cfg):
         total = run.mean(total)
         if run.finite(total, grad_norm):
             scaler.step(optimizer)
-            common.normalize_weights(net)
-            common.update_ema(ema, net, step + 1, cfg)
+            kit.normalize_weights(net)
+            kit.lerp(ema, net, common.ema_beta(step + 1, cfg))
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
@@ -348,24 +369,17 @@ def train(cfg):
         if done % cfg.save_every == 0 or done in (1, cfg.steps):
             run.save(state, done)
         if done % cfg.sample_every == 0 or done == cfg.steps:
-            common.report(cfg, run, done, sample, ema, data, teacher, (1, 2))  # <- method
+            kit.report(cfg, run, done, sample, ema, data, teacher, (1, 2))  # <- method
 
 
 # ---------------------------------------------------------------------------------------------------- main
 def main(argv=None):
-    cfg = common.parse_args(Config, PRESETS, LOSSES, argv)
-    able = cfg.conditional and (cfg.guidance_max == 1 if cfg.mode == "diffusion" else
-                                cfg.mode != "sct" and cfg.guidance_max > 1)
-    if cfg.guidance_max < 1:
-        common.fail(f"--guidance_max must be at least 1, which is off, not {cfg.guidance_max}")
-    if (cfg.guidance != 1 or cfg.guidance_max > 1) and not able:
-        common.fail("guidance needs --conditional, and a distillation with --guidance_max, or diffusion")
+    cfg = kit.parse_args(Config, PRESETS, LOSSES, argv)
     if cfg.sample:
-        common.write_samples(cfg, sample)
-    elif cfg.dry_run:
-        common.dry_run(cfg)
-    else:
-        train(cfg)
+        return kit.write_samples(cfg, sample)
+    if cfg.dry_run:
+        return kit.dry_run(cfg)
+    train(cfg)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ target; 3) segments, sampled without noise; 4) guidance by the average at half o
 """
 # ------------------------------------------------------------------------------------------------- imports
 import common
+import kit
 from common import like
 
 import copy
@@ -37,22 +38,23 @@ import torch
 
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
-class Config(common.Config):
+class Config(kit.Config):
+    foreign = {"ECMPrecond": dict(dataset="cifar10", mode="ect", sigma_shift=0.003)}  # ECT's snapshots
     mode: str = "sct"  # training objective
     P_mean: float = -1.1  # mean of log(t) in training
     P_std: float = 2.0  # standard deviation of log(t) in training
     shrink: float = 2.0  # q: the gap t - s shrinks by this factor from stage to stage
-    stage_steps: int = 1000  # d: steps of a stage
+    stage_steps: int = kit.flag(1000, least=1)  # d: steps of a stage
     first_stage: int = 1  # exponent of q at first: 1 as in ECT's code; 0 starts as diffusion
     widening: float = 8.0  # k of n(t) = 1 + k sigmoid(-b t), by which the gap is wider at small t
     widening_rate: float = 1.0  # b of n(t)
-    huber: float = 1e-8  # c, width of the pseudo-Huber distance; 1e-8 is all but the norm
+    huber_c: float = 1e-8  # c, width of the pseudo-Huber distance; 1e-8 is all but the norm
     delta: float = 1e-4  # in the weight 1 / (t - s + delta); ECT has 0
     weighting: Literal["gap", "snr"] = "gap"  # 1 / (t - s + delta), or 1 / t^2 + 1 / sigma_d^2
     uncertainty: bool = False  # diffusion: learn the loss's weight at each t, as EDM2 does
     reference: Literal["batch", "dataset"] = "batch"  # sct averages over the batch, or all of the data
     class_size: int = 0  # images of a class that sct averages over, new ones each step; 0 is all
-    phases: int = 1  # K, segments of the ODE, and so the number of sampling steps; 1 is off
+    phases: int = kit.fixed(1, least=1)  # K, segments of the ODE, and so of sampling steps; 1 is off
     eta: float = 1.0  # with phases: sampling stops at eta times the edges (Eq. 20); 1 is off
     sigmas: tuple = (80.0, 0.821)  # noise levels of the sampler without phases; for more steps, EDM's grid
     sigma_shift: float = 0.0  # in sampling, c_skip and c_out take the noise level less this
@@ -62,6 +64,22 @@ class Config(common.Config):
     def needs_steps(self):
         return True  # the average at half of training
 
+    def check(self):
+        begins = self.init or kit.init_path(vars(self)) or self.sample or self.resume
+        if self.mode != "diffusion" and self.dataset != "gmm" and not begins:
+            kit.fail(f"--mode {self.mode} tunes a diffusion model: make one with --mode diffusion, or give "
+                     "--init RUN, or none to start anew")
+        if not self.sigmas or not all(a > b > 0 for a, b in zip((1e6, *self.sigmas), self.sigmas)):
+            kit.fail("--sigmas must be noise levels that fall, such as 80,0.821")
+        if self.shrink <= 1 or self.huber_c == 0:
+            kit.fail("--shrink must be above 1, as t - s shrinks by it, and --huber_c above 0")
+        if self.class_size and (self.reference != "dataset" or self.dataset == "gmm"):
+            kit.fail("--class_size goes with --reference dataset, on images")
+        if self.flip and self.mode == "sct" and self.reference == "dataset":
+            kit.fail("--reference dataset holds no mirrored images: no --flip")
+        if self.guidance != 1 and self.guide == "label" and not (self.conditional and self.label_dropout):
+            kit.fail("--guide label needs a run with --conditional and --label_dropout")
+
 
 # ------------------------------------------------------------------------------------------------- PRESETS
 PRESETS = {  # DEPARTS: paper names no q, d and delta for SCT, and no edges; those below are ours
@@ -69,7 +87,7 @@ PRESETS = {  # DEPARTS: paper names no q, d and delta for SCT, and no edges; tho
     # DEPARTS: paper c = 1e-8 and P_mean = -1.1; here a smoother distance and more of the large t, because the
     # targets have little noise.
     "gmm": dict(teacher="", init="none", steps=6000, first_stage=0, shrink=1.4, stage_steps=300, P_mean=0.0,
-                huber=0.03),
+                huber_c=0.03),
     "shapes": dict(stage_steps=100),
     "folder": dict(stage_steps=100),
     # FID of 1 / 2 steps: ect 3.78 / 2.13, sct 3.11 / 2.05, phased 1.95 (4) 1.86 (8); conditional 3.03 / 1.88.
@@ -79,18 +97,18 @@ PRESETS = {  # DEPARTS: paper names no q, d and delta for SCT, and no edges; tho
     "cifar10": dict(batch=128, steps=200_000, lr=1e-4, beta2=0.999, ema_halflife=8.9e5, dropout=0.2,
                     c_noise="log", shrink=2**0.5, stage_steps=12_500),
     # The shift is that of ECT's code (ECMPrecond in eval mode); its code for ImageNet has none.
-    ("cifar10", "ect"): dict(shrink=2.0, stage_steps=25_000, delta=0.0, sigma_shift=0.003),
+    "cifar10 --mode ect": dict(shrink=2.0, stage_steps=25_000, delta=0.0, sigma_shift=0.003),
     # FID of 1 / 2 steps: ect S 5.51 / 3.18, M 3.67 / 2.35; sct S 5.10 / 3.05, M 3.30 / 2.13 (with
     # --batch 1024, 2.42 / 1.55)
     # DEPARTS: paper names no reference set; here 256 images of each sample's class
     "imagenet64": dict(batch=128, steps=100_000, lr_ref=2000, dropout_res=16, emb="fourier", P_mean=-0.8,
-                       P_std=1.6, stage_steps=12_500, huber=0.06, sigmas=(80.0, 1.526), reference="dataset",
+                       P_std=1.6, stage_steps=12_500, huber_c=0.06, sigmas=(80.0, 1.526), reference="dataset",
                        class_size=256),
-    ("imagenet64", "ect"): dict(shrink=4.0, stage_steps=25_000, weighting="snr"),
-    ("imagenet64", "diffusion"): dict(dropout_res=0),
+    "imagenet64 --mode ect": dict(shrink=4.0, stage_steps=25_000, weighting="snr"),
+    "imagenet64 --mode diffusion": dict(dropout_res=0),
 }
-for size, (lr, *_) in common.EDM2_TEACHERS["imagenet64"].items():  # ECT's rates, a tenth of the teachers'
-    PRESETS["imagenet64", size] = dict(lr=lr / 10, dropout=0.4 if size == "S" else 0.5)
+for size, (lr, *_) in kit.EDM2_TEACHERS["imagenet64"].items():  # ECT's rates, a tenth of the teachers'
+    PRESETS[f"imagenet64 --size {size}"] = dict(lr=lr / 10, dropout=0.4 if size == "S" else 0.5)
 
 
 # --------------------------------------------------------------------------------- process: times and noise
@@ -121,6 +139,12 @@ def times(gen, step, cfg):
     return t, earlier(t, edge, step, cfg), edge
 
 
+def noisy(x0, t, gen, cfg):
+    """x_t, and the noise z in it."""
+    z = gen.normal(*x0.shape[1:])
+    return x0 + like(t, x0) * z, z
+
+
 def ode_step(x_star, x_t, t, s):
     """x_s on the straight line from x_t to the denoised x*."""
     return x_t + like((s - t) / t, x_t) * (x_t - x_star)
@@ -144,11 +168,11 @@ def f(net, x_t, t, y, cfg, edge=None, shift=0.0, return_w=False):
 
 
 # ---------------------------------------------------------------------------------------------------- loss
-def diffusion(net, target, data, x0, y, step, cfg, gen):
+def diffusion(net, target, teacher, x0, y, step, cfg, gen):
     """EDM's loss: log-normal t, and the weight that gives F's target unit variance. With --uncertainty,
     EDM2's learned e^w on top of it."""
     t, _, _ = times(gen, step, cfg)
-    x_t = x0 + like(t, x0) * gen.normal(*x0.shape[1:])
+    x_t, _ = noisy(x0, t, gen, cfg)
     gen.same_dropout()
     weight = (t**2 + cfg.sigma_d**2) / (t * cfg.sigma_d) ** 2
     D, w = f(net, x_t, t, y, cfg, return_w=True)
@@ -156,59 +180,53 @@ def diffusion(net, target, data, x0, y, step, cfg, gen):
     return (w.exp() * weight * mse - w).mean(), {}
 
 
-def reference(data, x0, y, step, cfg):
-    """members(c) -> chunks of the x_i of class c in the reference set, of all classes for c = -1. The set
-    holds x_0 itself. It is the global batch, or all of the data (for the ring, which has no end, the batch
-    and 4,096 fixed points); with --class_size, so many images of each class, other ones in each step."""
-    near = cfg.reference == "batch" or cfg.dataset == "gmm"
-    batch = data.batch(common.Draw(cfg.seed, step, 0, cfg.batch, x0.device)) if near else (x0, y)
+class ReferenceSet:
+    """What teaches sct: samples x_i, whose exact denoiser gives the targets. The set holds x_0 itself. It is
+    the global batch, or all of the data (for the ring, which has no end, the batch and 4,096 fixed points);
+    with --class_size, so many images of each class, other ones in each step."""
 
-    def members(c):
-        if near or cfg.class_size:
-            yield batch[0] if c < 0 else batch[0][batch[1] == c]
-        if cfg.reference == "dataset":
-            limit = dict(limit=cfg.class_size, seed=(cfg.seed, step, c + 1)) if cfg.class_size else {}
-            yield from data.members(c, x0.device, **limit)
-    return members
+    def __init__(self, data, cfg):
+        self.data, self.cfg = data, cfg
+        self.near = cfg.reference == "batch" or cfg.dataset == "gmm"
+
+    def members(self, c, batch, step):
+        """Yields the x_i of class c, of all classes for c = -1. `batch` holds x_0 and y."""
+        x0, y = batch
+        if self.near or self.cfg.class_size:
+            yield x0 if c < 0 else x0[y == c]
+        if self.cfg.reference == "dataset":
+            some = dict(limit=self.cfg.class_size, seed=(self.cfg.seed, step, c + 1))
+            yield from self.data.members(c, x0.device, **some if self.cfg.class_size else {})
+
+    @torch.no_grad()
+    def denoise(self, x_t, t, y, x0, step):
+        """x* = E[x_i | x_t] (B, ...), over the class of y, or over all for y = -1 (Eq. 13, 14); and over how
+        many x_i the average really goes, (B,), 1 / sum_i W_i^2. As W sums to 1, Eq. 14's 1/n is left out."""
+        batch = x0, y
+        if self.near:  # not this process's part of the batch alone
+            batch = self.data.batch(common.Draw(self.cfg.seed, step, 0, self.cfg.batch, x0.device))
+        classes = torch.full((len(x_t),), -1, device=x_t.device) if y is None else y
+        x_star, averaged = torch.empty_like(x_t), x_t.new_empty(len(x_t))
+        for c in classes.unique().tolist():
+            rows = classes == c
+            x_star[rows], averaged[rows] = posterior_mean(x_t[rows], t[rows], self.members(c, batch, step))
+        return x_star, averaged
 
 
-def stable_target(x_t, t, y, members):
-    """x* = sum_i W_i x_i (Eq. 14; as W sums to 1, the paper's further 1/n is left out) over the class of y
-    (Eq. 13), or over all classes for y = -1. Also the variances, per sample, of x* and of a single x_i."""
-    classes = torch.full((len(x_t),), -1, device=x_t.device) if y is None else y
-    results = torch.empty_like(x_t), x_t.new_empty(len(x_t)), x_t.new_empty(len(x_t))
-    for c in classes.unique().tolist():
-        rows = classes == c
-        for result, part in zip(results, posterior(x_t[rows], t[rows], members(c))):
-            result[rows] = part
-    return results
-
-
-def posterior(x_t, t, chunks):
-    """Mean of x_i given x_t with weights W_i, and the variances of that mean and of a single x_i: sums of W^2
-    and W times the squared distances from the mean.
-
-    One pass over the chunks, in log space, relative to the greatest log-weight so far."""
+def posterior_mean(x_t, t, chunks):
+    """sum_i W_i x_i, W = softmax(log P(x_t | x_i)), and 1 / sum_i W_i^2. One pass over the chunks of x_i, in
+    log space, relative to the greatest log-weight so far."""
     x, top = x_t.flatten(1), x_t.new_full((len(x_t), 1), -1e30)
-    first, second, total = 0, 0, 0  # sums of (W, W^2) times x_i, ||x_i||^2 and 1
+    total, square, mean = 0, 0, 0  # sums of W, W^2 and W x_i
     for x_i in chunks:
         x_i = x_i.flatten(1).to(x)
         norm = torch.linalg.vector_norm(x_i, dim=1, keepdim=True) ** 2
         logits = (x @ x_i.T - norm.T / 2) / like(t, x) ** 2  # log P(x_t | x_i), up to ||x_t||^2
         top, old = torch.maximum(top, logits.amax(1, keepdim=True)), top
         W, fade = (logits - top).exp(), (old - top).exp()
-        W, fade = torch.cat([W, W**2]), torch.cat([fade, fade**2])
-        first, second = first * fade + W @ x_i, second * fade + W @ norm
-        total = total * fade + W.sum(1, keepdim=True)
-    whole = total[:len(x)]  # makes W sum to 1
-    whole = torch.cat([whole, whole**2])
-    first, second, total = first / whole, second / whole, total / whole
-    mean = first[:len(x)]
-
-    def spread(rows):  # sum of weight ||x_i - mean||^2
-        along, square = (first[rows] * mean).sum(1), mean.square().sum(1)
-        return (second[rows, 0] - 2 * along + total[rows, 0] * square).clamp(min=0)
-    return mean.view_as(x_t), spread(slice(len(x), None)), spread(slice(len(x)))
+        total, square = total * fade + W.sum(1, keepdim=True), square * fade**2 + (W**2).sum(1, keepdim=True)
+        mean = mean * fade + W @ x_i
+    return (mean / total).view_as(x_t), (total**2 / square)[:, 0]
 
 
 def consistency(net, target, x_t, t, x_s, s, y, cfg, gen, edge):
@@ -219,25 +237,26 @@ def consistency(net, target, x_t, t, x_s, s, y, cfg, gen, edge):
     with torch.no_grad():
         goal = f(target, x_s, s, y, cfg, edge)  # at s = edge this is x_s itself
     square = (prediction - goal).square().flatten(1).sum(1)
-    distance = square / ((square + cfg.huber**2).sqrt() + cfg.huber)  # (square + c^2)^(1/2) - c, rounded less
+    # (square + c^2)^(1/2) - c, rounded less
+    distance = square / ((square + cfg.huber_c**2).sqrt() + cfg.huber_c)
     weight = 1 / (t - s + cfg.delta) if cfg.weighting == "gap" else 1 / t**2 + 1 / cfg.sigma_d**2
     return (weight * distance).mean(), dict(gap=((t - s) / t).mean())
 
 
-def ect(net, target, data, x0, y, step, cfg, gen):
+def ect(net, target, teacher, x0, y, step, cfg, gen):
     """Easy consistency tuning: x_t and x_s share the noise."""
     t, s, edge = times(gen, step, cfg)
-    x_t = x0 + like(t, x0) * gen.normal(*x0.shape[1:])
+    x_t, _ = noisy(x0, t, gen, cfg)
     return consistency(net, target, x_t, t, ode_step(x0, x_t, t, s), s, y, cfg, gen, edge)
 
 
-def sct(net, target, data, x0, y, step, cfg, gen):
-    """Stable consistency tuning. Logs `variance`, that of the target over that of ect's."""
+def sct(net, target, teacher, x0, y, step, cfg, gen):
+    """Stable consistency tuning. Logs `averaged`, over how many samples a target really averages."""
     t, s, edge = times(gen, step, cfg)
-    x_t = x0 + like(t, x0) * gen.normal(*x0.shape[1:])
-    x_star, ours, single = stable_target(x_t, t, y, reference(data, x0, y, step, cfg))
+    x_t, _ = noisy(x0, t, gen, cfg)
+    x_star, averaged = teacher.denoise(x_t, t, y, x0, step)
     loss, info = consistency(net, target, x_t, t, ode_step(x_star, x_t, t, s), s, y, cfg, gen, edge)
-    return loss, info | dict(variance=(ours.sum() + 1e-12) / (single.sum() + 1e-12))
+    return loss, info | dict(averaged=averaged.mean())
 
 
 LOSSES = {"diffusion": diffusion, "ect": ect, "sct": sct}
@@ -248,11 +267,10 @@ def guided(net, cfg):
     """F* + guidance (F - F*), with F* of the weaker self or of no label (Eq. 18, where guidance is 1 + omega;
     the paper's "strength 1.2" is read as guidance 1.2). Doubles the network evaluations."""
     def F(x, t, y):
-        if cfg.guide == "weak":
-            star = net.weak[0].to(x.device)(x, t, y)
-        else:
-            star = net(x, t, torch.full_like(y, -1))
-        return star + cfg.guidance * (net(x, t, y) - star)
+        weak = net.extra["weak"](x, t, y) if cfg.guide == "weak" else net(x, t, torch.full_like(y, -1))
+        return common.guide(net(x, t, y), weak, cfg.guidance)
+    if cfg.guidance != 1 and cfg.guide == "weak" and "weak" not in net.extra:
+        kit.fail(f"{cfg.out} has no average at half of training yet, which --guide weak needs")
     return net if cfg.guidance == 1 else F
 
 
@@ -265,7 +283,7 @@ def sample(net, noise, y, nfe, cfg, gen):
     if cfg.mode == "diffusion":
         return common.solve(net, noise, common.ode_times((nfe + 1) // 2, cfg.sigma_d), y, cfg.sigma_d)
     if cfg.phases > 1 and nfe != cfg.phases:
-        common.fail(f"a run with --phases {cfg.phases} is sampled in as many steps: --nfe {cfg.phases}")
+        kit.fail(f"a run with --phases {cfg.phases} is sampled in as many steps: --nfe {cfg.phases}")
     sigmas = cfg.sigmas[:nfe] if nfe <= len(cfg.sigmas) else common.karras(nfe + 1)[:-1].tolist()
     stops = [None] * nfe
     if cfg.phases > 1:
@@ -282,19 +300,16 @@ def sample(net, noise, y, nfe, cfg, gen):
 
 # --------------------------------------------------------------------------------------------------- train
 def train(cfg):
-    run = common.Run(cfg)
-    data = common.dataset(cfg, run.device)  # <- method
-    teacher = data  # <- method: no teacher, but the samples that targets are averaged over
+    run = kit.Run(cfg)
+    data = kit.dataset(cfg, run.device)
+    teacher = ReferenceSet(data, cfg)  # <- method: no network, but samples that targets average over
     head = cfg.uncertainty and cfg.mode == "diffusion"  # <- method
-    net = common.network(cfg, data, run.device, head=head)  # <- method
+    net = kit.network(cfg, data, run.device, head=head)  # <- method
     target = net  # <- method: the live network itself is the branch without gradient
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    # <- method: the average at half of training. The tuple keeps nn.Module from registering it.
-    ema.weak = (copy.deepcopy(ema),)  # <- method
-    optimizer = common.make_optimizer(net, cfg)
+    optimizer = kit.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
     state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
-    state["weak"] = ema.weak[0]  # <- method
     start = run.resume(state) if cfg.resume else 0
     wrapped = run.wrap(net)  # takes the gradients; the bare net does everything else
     for step in run.steps(start):
@@ -313,49 +328,30 @@ def train(cfg):
         total = run.mean(total)
         if run.finite(total, grad_norm):
             scaler.step(optimizer)
-            common.normalize_weights(net)
-            common.update_ema(ema, net, step + 1, cfg)
+            kit.normalize_weights(net)
+            kit.lerp(ema, net, common.ema_beta(step + 1, cfg))
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         done = step + 1
         if done == cfg.steps // 2:  # <- method
-            ema.weak[0].load_state_dict(ema.state_dict())  # <- method
+            ema.extra["weak"] = copy.deepcopy(ema)  # <- method: the weaker self
         if done % cfg.log_every == 0 or done == cfg.steps:
             run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
         if done % cfg.save_every == 0 or done in (1, cfg.steps):
             run.save(state, done)
         if done % cfg.sample_every == 0 or done == cfg.steps:
             nfes = (cfg.phases,) if cfg.phases > 1 else (1, 2)  # <- method
-            common.report(cfg, run, done, sample, ema, data, None, nfes)  # <- method
+            kit.report(cfg, run, done, sample, ema, data, None, nfes)  # <- method
 
 
 # ---------------------------------------------------------------------------------------------------- main
 def main(argv=None):
-    cfg = common.parse_args(Config, PRESETS, LOSSES, argv)
+    cfg = kit.parse_args(Config, PRESETS, LOSSES, argv)
     if cfg.sample:
-        step = common.read_checkpoint(cfg.out)["step"]
-        if cfg.guidance != 1 and cfg.guide == "weak" and step < cfg.steps // 2:
-            common.fail(f"{cfg.out} has no average at half of training yet, which --guide weak needs")
-    fresh = not (cfg.sample or cfg.resume or cfg.init or common.init_path(vars(cfg)))
-    if fresh and cfg.mode != "diffusion" and cfg.dataset != "gmm":
-        common.fail(f"--mode {cfg.mode} tunes a diffusion model: make one with --mode diffusion, or give "
-                    "--init RUN, or none to start anew")
-    if not cfg.sigmas or not all(a > b > 0 for a, b in zip((1e6, *cfg.sigmas), cfg.sigmas)):
-        common.fail("--sigmas must be noise levels that fall, such as 80,0.821")
-    if cfg.shrink <= 1 or cfg.huber == 0:
-        common.fail("--shrink must be above 1, as t - s shrinks by it, and --huber above 0")
-    if cfg.class_size and (cfg.reference != "dataset" or cfg.dataset == "gmm"):
-        common.fail("--class_size goes with --reference dataset, on images")
-    if cfg.flip and cfg.mode == "sct" and cfg.reference == "dataset":
-        common.fail("--reference dataset holds no mirrored images: no --flip")
-    if cfg.guidance != 1 and cfg.guide == "label" and not (cfg.conditional and cfg.label_dropout):
-        common.fail("--guide label needs a run with --conditional and --label_dropout")
-    if cfg.sample:
-        common.write_samples(cfg, sample)
-    elif cfg.dry_run:
-        common.dry_run(cfg)
-    else:
-        train(cfg)
+        return kit.write_samples(cfg, sample)
+    if cfg.dry_run:
+        return kit.dry_run(cfg)
+    train(cfg)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+"""The machinery around a method: data, networks, teachers, runs, reports. `kit.x` means "skip this, it is
+machinery"; `common.x` means "read this, it is the paper".
+
+Each file has one subject and imports only files below it:
+
+    report      pictures, the report at the end of training, --sample
+    metrics     distances and scores
+    run         one training run: optimizer, averages, log, save, resume; the forecast of memory
+    config      the shared flags, the presets of the datasets, the command line
+    teachers    checkpoints -> networks
+    edm         snapshots of EDM, EDM2 and ECT
+    text        networks of diffusers that predict eps; text-to-image pipelines with LoRA
+    data        images and latents on disk
+    toys        mixtures of Gaussians, drawn shapes
+    networks    an MLP, and a U-Net with EDM2's or DDPM++'s blocks
+    attention   attention with a JVP
+    process     processes, errors of one line, files, locks, downloads
+
+Scripts use these names:
+"""
+from kit.config import (
+    EDM2_NET,
+    EDM2_TEACHERS,
+    Config,
+    call,
+    dataset,
+    fixed,
+    flag,
+    opens,
+    parse_args,
+    to_pixels,
+)
+from kit.data import read_image
+from kit.metrics import distance
+from kit.networks import normalize_weights
+from kit.process import RANK, WORLD, fail
+from kit.report import noise_and_labels, panels, report, write_samples
+from kit.run import Run, dry_run, lerp, make_optimizer
+from kit.teachers import init_path, load_net, load_teacher, network, read_checkpoint
+from kit.text import Epsilon

@@ -1,0 +1,373 @@
+"""Images on disk, and latents of them, as memory-mapped rows."""
+from kit.process import RANK, WORLD, atomic_write, barrier, download, fail, lock_folder, reading, writing
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import tarfile
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+
+class Stored:
+    """Images as rows of one array, in memory or memory-mapped, each with a label. Rows are uint8 pixels
+    (N, 3, H, W), and x0 = pixels / 127.5 - 1."""
+    channels = 3  # of a row
+
+    def __init__(self, cfg, rows, labels):
+        self.cfg = cfg
+        self.rows = rows
+        self.labels = torch.as_tensor(np.array(labels), dtype=torch.int64)
+        self.classes = int(self.labels.max()) + 1
+        self.shape = tuple(rows.shape[1:])
+        if rows.shape[1] != self.channels:
+            fail(f"--data {cfg.data}: rows of shape {self.shape} are neither pixels nor latents")
+        halvings = len(cfg.channel_mult) - 1
+        if self.shape[1] % 2**halvings:
+            fail(f"images of {self.shape[1]} pixels cannot be halved {halvings} times (--channel_mult): "
+                 f"--image_size must be a multiple of {2**halvings}")
+        if cfg.conditional and self.classes < 2:
+            fail(f"--conditional needs labels, and {cfg.data or cfg.dataset} has none")
+
+    def batch(self, gen):
+        """x0 (B, C, H, W) float32, and y (B,) int64 or, unless cfg.conditional, None."""
+        index = gen.index(len(self.rows)).cpu()
+        x0 = self.x0(index.numpy(), gen.device, gen)
+        if self.cfg.flip:
+            x0 = torch.where((gen.uniform() < 0.5).view(-1, 1, 1, 1), x0.flip(3), x0)
+        return x0, gen.labels(self.labels[index].to(gen.device), self.cfg)
+
+    @functools.cached_property
+    def by_class(self):
+        """Row numbers, sorted by class, and where each class begins among them."""
+        order = torch.argsort(self.labels, stable=True)
+        return order.numpy(), torch.searchsorted(self.labels[order], torch.arange(self.classes + 1)).tolist()
+
+    @functools.cached_property
+    def converted(self):
+        """x0 of all rows, sorted by class, if they take less than 2 GiB; else None."""
+        return self.x0(self.by_class[0], "cpu") if 4 * math.prod(self.rows.shape) < 2**31 else None
+
+    def members(self, c, device, size=4096, limit=0, seed=0):
+        """x0 of class c, or of all classes for -1, `size` images at a time; of a latent, its mean. With a
+        limit, so many neighbours on disk from a place that depends on `seed`."""
+        order, begins = self.by_class
+        lo, hi = (0, len(order)) if c < 0 else begins[c:c + 2]
+        if limit and limit < hi - lo:
+            start = np.random.default_rng(seed).integers(hi - lo)
+            yield self.x0(order[lo + (start + np.arange(limit)) % (hi - lo)], device)
+            return
+        for first in range(lo, hi, size):
+            part = slice(first, min(first + size, hi))
+            yield self.x0(order[part], device) if self.converted is None else self.converted[part].to(device)
+
+    def read(self, index, device):
+        """Rows as float32 on the device."""
+        rows = torch.from_numpy(np.array(self.rows[index]))
+        if torch.device(device).type == "cuda":  # from pinned memory the host need not wait for the copy
+            rows = rows.pin_memory()
+        return rows.to(device, non_blocking=True).float()
+
+    def x0(self, index, device, gen=None):
+        return self.read(index, device) / 127.5 - 1
+
+    @staticmethod
+    def pixels(x, cfg):
+        """x0 (B, 3, H, W) -> uint8, rounded."""
+        return to_uint8(x)
+
+    def to_pixels(self, x):
+        return self.pixels(x, self.cfg)
+
+
+class Latents(Stored):
+    """Rows are an autoencoder's mean and standard deviation of a latent, (N, 8, h, w). x0 (4, h, w) is drawn
+    anew from N(mean, std^2) each time, and normalized to standard deviation sigma_d."""
+    channels = 8
+
+    def __init__(self, cfg, rows, labels):
+        super().__init__(cfg, rows, labels)
+        self.shape = (4, *rows.shape[2:])
+        if cfg.flip:
+            fail("--flip is for pixels: the latent of a mirrored image is not the mirrored latent")
+
+    def x0(self, index, device, gen=None):
+        mean, std = self.read(index, device).chunk(2, dim=1)
+        _, shift, scale = latent_space(self.cfg, device)
+        return (mean + (std * gen.normal(*self.shape) if gen else 0) - shift) * (self.cfg.sigma_d / scale)
+
+    @staticmethod
+    @torch.no_grad()
+    def pixels(x, cfg):
+        """x0 (B, 4, h, w) -> pixels (B, 3, H, W) uint8. EDM2's latents come from pixels in [0, 1], and its
+        decoder cuts off what is behind the point. So must whatever is compared with its statistics."""
+        name, shift, scale = latent_space(cfg, x.device)
+        pixels = decode_latents(x.float() * (scale / cfg.sigma_d) + shift, autoencoder(cfg, x.device))
+        return (pixels * 255).clamp(0, 255).to(torch.uint8) if name == "edm2" else to_uint8(pixels)
+
+
+LATENT_SPACES = dict(  # mean and standard deviation by channel
+    signed=((1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31)),  # of pixels in [-1, 1] (sCM, App. G)
+    edm2=((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)))
+
+
+def latent_space(cfg, device):
+    """The name of the latents' normalization, EDM2's for its zip and sCM's otherwise, and its mean and
+    standard deviation, (4, 1, 1)."""
+    name = "edm2" if str(cfg.data).endswith(".zip") else "signed"
+    return name, *(torch.tensor(moment, device=device).view(4, 1, 1) for moment in LATENT_SPACES[name])
+
+
+def autoencoder(cfg, device):
+    """The one of --vae, else of the pipeline, else of imagenet512."""
+    part = "vae" if cfg.pretrained and not cfg.vae else ""
+    return load_autoencoder(cfg.vae or cfg.pretrained or "stabilityai/sd-vae-ft-mse", part, device)
+
+
+@functools.cache
+def load_autoencoder(path, part, device):
+    from diffusers import AutoencoderKL
+    with reading(f"no autoencoder at {path}: give one with --vae, such as the folder of "
+                 "https://huggingface.co/stabilityai/sd-vae-ft-mse for imagenet512"):
+        return AutoencoderKL.from_pretrained(path, subfolder=part).to(device).requires_grad_(False)
+
+
+def decode_latents(z, vae):
+    """One by one, because an autoencoder's activations are large."""
+    return torch.cat([vae.decode(one[None]).sample for one in z])
+
+
+def to_uint8(x):
+    """Pixels (B, 3, H, W) in [-1, 1] -> uint8, rounded."""
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def image_folder(cfg):
+    """--data, or data/DATASET: class folders or a zip of images, kept as pixels in data/cache."""
+    usual = Path("data", cfg.dataset)
+    root = Path(cfg.data or (usual if usual.exists() else usual.with_suffix(".zip")))
+    if not cfg.data and not root.exists():
+        fail(f"--dataset {cfg.dataset} needs --data PATH: class folders, or a zip")
+    names, labels, read = list_images(root)
+    with reading(f"--data {root}"):
+        files = [(n, (root / n if root.is_dir() else root).stat().st_mtime_ns) for n in names]
+    key = hashlib.sha1(repr((str(root.resolve()), files, cfg.image_size)).encode()).hexdigest()[:16]
+    side = cfg.image_size or decode(names[0], read, 0).shape[1]
+
+    def encode(part):
+        images = [decode(name, read, cfg.image_size) for name in part]
+        for name, image in zip(part, images):
+            if image.shape != (3, side, side):
+                fail(f"{name} is not {side} x {side} pixels: give --image_size to crop and resize")
+        return np.stack(images)
+    folder = Path("data/cache", f"{root.stem[:40]}-{cfg.image_size}-{key}")
+    return open_store(folder, lambda: (names, labels, encode))
+
+
+def cifar10(cfg):
+    """CIFAR-10's training images: --data or data/cifar10, class folders or the official binary archive, which
+    is downloaded if there is neither."""
+    url, md5 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
+    usual = Path("data/cifar10")
+    path = Path(cfg.data or (usual if usual.exists() else "data/cifar-10-binary.tar.gz"))
+    if cfg.image_size not in (0, 32):
+        fail("--dataset cifar10 is 32 x 32 pixels; for other sizes unpack it and use --dataset folder")
+    if path.is_dir():
+        return image_folder(SimpleNamespace(**vars(cfg) | dict(data=str(path))))
+    if not cfg.data:
+        download(url, path, md5)
+
+    def prepare():
+        with reading(f"{path} is not cifar-10-binary.tar.gz"), tarfile.open(path) as archive:
+            files = sorted(n for n in archive.getnames() if re.search(r"data_batch_\d\.bin$", n))
+            rows = np.concatenate([np.frombuffer(archive.extractfile(n).read(), np.uint8) for n in files])
+            rows = rows.reshape(-1, 1 + 3 * 32 * 32)  # a label, then the planes of R, G and B
+            assert rows[:, 0].max() < 10, "labels above 9"
+        return np.arange(len(rows)), rows[:, 0], lambda part: rows[part, 1:].reshape(-1, 3, 32, 32)
+    with reading(f"--data {path}"):
+        key = hashlib.sha1(f"{path.resolve()} {path.stat().st_mtime_ns}".encode()).hexdigest()[:16]
+    return open_store(Path("data/cache", f"cifar10-{key}"), prepare)
+
+
+def latents(cfg, device):
+    """imagenet512: latents from --data, which is a folder that holds them, EDM2's zip of them (read in
+    place), or images in class folders. Images are encoded once, into data/imagenet512."""
+    root = Path(cfg.data or "data/imagenet512")
+    folder = Path("data/imagenet512")
+    if RANK == 0:
+        autoencoder(cfg, torch.device("cpu"))  # pictures need it: better missed now than at the end
+    if root.suffix == ".zip":
+        names, labels, read = list_images(root, (".npy",))
+        return LatentZip(root, names, read), labels
+    if (root / "about.json").exists():
+        return open_store(root, lambda: fail(f"--data {root} lacks latents: give the images with --data"))
+    if not cfg.data:
+        fail("--dataset imagenet512: there are no latents in data/imagenet512; give the images with --data")
+    names, labels, read = list_images(root)
+    size = cfg.image_size or 512
+    about = dict(vae=cfg.vae, image_size=size, sources=hashlib.sha1("\n".join(names).encode()).hexdigest())
+    cfg.data = str(folder)  # what the run's config names from now on
+
+    def prepare():
+        vae = autoencoder(cfg, device)
+
+        @torch.no_grad()
+        def encode(part):
+            x = np.stack([decode(name, read, size) for name in part])
+            latent = vae.encode(torch.from_numpy(x).to(device).float() / 127.5 - 1).latent_dist
+            return torch.cat([latent.mean, latent.std], dim=1).half().cpu().numpy()
+        return names, labels, encode
+    return open_store(folder, prepare, about, batch=16)
+
+
+class LatentZip:
+    """EDM2's zip of latents, float32 (8, h, w) .npy, as an array that is read in place."""
+
+    def __init__(self, root, names, read):
+        self.root, self.names, self.read = root, names, read
+        self.shape = (len(names), *self[[0]].shape[1:])
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        with reading(f"--data {self.root}: not EDM2's latents, float32 (8, h, w) .npy"):
+            files = [self.names[i] for i in np.arange(len(self.names))[index]]
+            return np.stack([np.load(io.BytesIO(self.read(f)), allow_pickle=False) for f in files])
+
+
+def open_store(folder, prepare, about=None, batch=256):
+    """Rows, memory-mapped, and labels that are kept in `folder`. What is missing there is written first.
+
+    prepare() -> (names, labels, encode), with encode(some names) -> their rows. All processes write, each
+    every WORLD-th batch, and mark in done.npy what is written. So a killed writer goes on where it stopped,
+    with any number of processes. A folder that was made from something else than `about` is refused."""
+    paths = {name: folder / f"{name}.npy" for name in ("rows", "done", "labels")}
+
+    def load(mode="r"):
+        """Rows, what is done of them, and labels; None if they are not there, or damaged and to be made
+        anew."""
+        if not (folder / "about.json").exists():
+            return None
+        with reading(f"{folder}/about.json is damaged: delete {folder}"):
+            before = json.loads((folder / "about.json").read_text())
+        if about and before != about:
+            fail(f"{folder} was made from other images, --vae or --image_size: move it away first")
+        with contextlib.suppress(OSError, ValueError):
+            rows, done = (np.load(paths[name], mmap_mode=mode) for name in ("rows", "done"))
+            labels = np.load(paths["labels"])
+            whole = rows.ndim == 4 and len(rows) == len(done) == len(labels) > 0
+            return (rows, done, labels) if whole and labels.dtype.kind in "iu" and labels.min() >= 0 else None
+
+    found = load()
+    barrier()  # no process writes before all have looked
+    if found and found[1].all():
+        return found[0], found[2]
+    names, labels, encode = prepare()
+    with lock_folder(folder, wait=True) if RANK == 0 else contextlib.nullcontext():
+        if RANK == 0 and not load():
+            first = encode(names[:1])
+            with writing(folder):
+                for name, dtype, shape in (("rows", first.dtype, first.shape[1:]), ("done", np.uint8, ())):
+                    np.lib.format.open_memmap(paths[name], "w+", dtype, (len(names), *shape)).flush()
+                    with open(paths[name], "r+b") as file:  # a full disk would kill a memory map later
+                        getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, file.seek(0, 2))
+            atomic_write(paths["labels"], lambda file: np.save(file, np.asarray(labels, np.int64)))
+            atomic_write(folder / "about.json", lambda file: file.write(json.dumps(about).encode()))
+        barrier()
+        rows, done, labels = load("r+")
+        todo = tqdm(range(RANK * batch, len(names), WORLD * batch), desc=f"write {folder.name}", unit="batch",
+                    disable=None if RANK == 0 else True)
+        for part in (slice(lo, lo + batch) for lo in todo):
+            if not done[part].all():
+                rows[part] = encode(names[part])
+                rows.flush()  # before it counts as done
+                done[part] = 1
+                done.flush()
+        barrier()
+    return load()[::2]
+
+
+def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp")):
+    """Names, labels and read(name) -> bytes of the images in class folders, or in EDM's zip with
+    dataset.json."""
+    with reading(f"--data {root}"):
+        names = sorted(n for n in walk(root) if n.lower().endswith(suffixes)) if root.is_dir() else None
+    if names is not None:
+        tops = [Path(n).parts[0] if len(Path(n).parts) > 1 else "" for n in names]
+        classes = sorted(set(tops))
+        if "" in classes and len(classes) > 1:
+            fail(f"--data {root}: images in class folders and beside them, such as {names[tops.index('')]}")
+        labels = [classes.index(top) for top in tops]
+
+        def read(name):
+            return (root / name).read_bytes()
+    else:
+        with reading(f"--data {root}: neither a folder nor a zip file"):
+            archive = zipfile.ZipFile(root)
+        names = sorted(n for n in archive.namelist() if n.lower().endswith(suffixes))
+        read = archive.read
+        with reading(f"--data {root}: its dataset.json does not give every image a whole number"):
+            table = json.loads(read("dataset.json")) if "dataset.json" in archive.namelist() else {}
+            table = dict(table.get("labels") or {})
+            labels = [table[n] if table else 0 for n in names]
+            assert all(type(v) is int and 0 <= v < len(names) for v in labels), labels[:9]
+    if not names:
+        fail(f"--data {root}: no images ({', '.join(suffixes)}) in it")
+    return names, np.array(labels), read
+
+
+def walk(root):
+    """Names of the files below root, also through symbolic links to folders, but never back to one above."""
+    def stop(error):
+        raise error
+    for folder, folders, files in os.walk(root, onerror=stop, followlinks=True):
+        above = os.path.realpath(os.path.dirname(os.path.abspath(folder))) + os.sep
+        if above.startswith(os.path.realpath(folder) + os.sep):
+            folders.clear()
+        else:
+            yield from (os.path.relpath(os.path.join(folder, file), root) for file in files)
+
+
+def decode(name, read, size):
+    """The image as uint8 (3, H, W), cropped and resized to size pixels, or as it is if size is 0."""
+    with reading(f"cannot read the image {name}"):
+        image = Image.open(io.BytesIO(read(name)))
+        assert image.mode[0] not in "IF", f"{image.mode} pixels, only 8-bit images are read"
+        image = image.convert("RGB")
+    return np.asarray(centre_crop(image, size) if size else image).transpose(2, 0, 1)
+
+
+def read_image(path, shape):
+    """Image file -> (1, C, H, W) in [-1, 1]; None for "". Ends the program unless it has the network's
+    size."""
+    if not path:
+        return None
+    with reading(f"cannot read the image {path}"):
+        image = Image.open(path)
+        image.load()
+    if image.size != tuple(shape[2:0:-1]) or image.mode not in ("RGB", "L", "1"):
+        found = f"{image.width}x{image.height} {image.mode}"
+        fail(f"{path} is {found}; the network needs {shape[2]}x{shape[1]} RGB or L")
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def centre_crop(image, size):
+    """ADM's crop: halve while the image is twice too large, resize its shorter side, cut out the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))

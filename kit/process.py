@@ -1,0 +1,152 @@
+"""Processes, errors of one line, files that are whole or not there, locks, downloads."""
+import contextlib
+import datetime
+import hashlib
+import os
+import re
+import shutil
+import signal
+import sys
+import urllib.request
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+# The way on, which a run knows better than this file: after Ctrl-C or SIGTERM, and when memory ran out.
+HINTS = dict(stopped="", memory="lower --batch, --micro or --channels")
+# Newer versions of torch say so at each JVP and each TorchScript file. Nobody who runs a script can mend it.
+warnings.filterwarnings("ignore", message=r".*torch\.jit\..* is deprecated")
+
+
+# ------------------------------------------------------------------------------------------------- errors
+
+def last_words(kind, error, trace):
+    """Ctrl-C and a lack of memory end in one line. Every other exception is a bug and keeps its traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"\nstopped{HINTS['stopped']}", file=sys.stderr)
+    elif issubclass(kind, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        print(f"\nout of memory: {HINTS['memory']}", file=sys.stderr, flush=True)
+        os._exit(2)  # a hook has no other way to choose the exit code
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = last_words
+
+
+def fail(message):
+    """End the program with one line on stderr and exit code 2, as every error does that a user can cause."""
+    if RANK == 0 or dist.is_initialized():  # before there is a process group, all ranks find the same error
+        tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def reading(what):
+    """Whatever a decoder, a zip, numpy, torch or the file system raises inside ends in one line, `what`."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{what} ({type(error).__name__}: {str(error)[:120]})")
+
+
+@contextlib.contextmanager
+def writing(path):
+    """The same for what a full disk, or a folder without permission, raises while something is written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError of its own for a full disk
+        full = shutil.disk_usage(Path(path).parent if Path(path).parent.exists() else ".").free < 2**20
+        cause = "No space left on device" if full else str(error)
+        fail(f"cannot write {path}: {cause}; what was there before is untouched")
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+def start_processes(backend=""):
+    """Join the processes that torchrun has started; returns this one's device."""
+    cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
+    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
+        fail(f"every process needs a GPU, and there are {gpus}: lower --nproc_per_node")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if WORLD > 1 and not dist.is_initialized():
+        hours = datetime.timedelta(hours=24)  # the others wait while rank 0 downloads a dataset
+        dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=hours)
+    return device
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def end_at_sigterm():
+    """From now on SIGTERM ends this process like Ctrl-C, with exit code 143."""
+    def terminated(*_):
+        if RANK == 0:
+            tqdm.write("stopped by SIGTERM; --resume goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(143)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, terminated)
+
+
+# -------------------------------------------------------------------------------------------------- files
+
+def atomic_write(path, write):
+    """write(file) to a temporary file, then move it into place: the old file stays until the new is whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def lock_folder(folder, wait=False):
+    """Keep other runs out of the folder for as long as the returned file is open: the operating system drops
+    the lock with the process. Removes what killed writers have left there."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")
+    try:
+        import fcntl
+    except ImportError:  # this platform has no such lock
+        return file
+    file.seek(0)
+    holder = file.read()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        if not holder.startswith(f"process {os.getpid()} "):  # a run that this very process has left
+            fail(f"{folder} is in use by {holder or 'another run'}: wait for it, or choose another --out")
+        return file
+    file.truncate(0)
+    print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
+    for path in folder.glob(".*.[0-9]*"):  # of atomic_write
+        path.unlink(missing_ok=True)
+    return file
+
+
+def download(url, path, md5=""):
+    """Fetch url into path, unless it is there, and check it. All processes call this; rank 0 does it."""
+    if RANK == 0 and not Path(path).exists():
+        with reading(f"cannot download {url}: fetch it yourself and put it at {path}"):
+            with urllib.request.urlopen(url, timeout=60) as response:
+                blob = response.read()
+        if md5 and hashlib.md5(blob).hexdigest() != md5:
+            fail(f"{url} arrived damaged (its MD5 is not {md5}): try again")
+        atomic_write(path, lambda file: file.write(blob))
+    barrier()

@@ -1,0 +1,153 @@
+"""Pictures, the report at the end of training, and --sample."""
+from common import Draw, ode_times, solve
+from kit.config import dataset, to_pixels
+from kit.metrics import energy_distance, rms
+from kit.process import RANK, atomic_write, fail
+from kit.teachers import load_net
+from kit.text import TextToImage
+from kit.toys import exact_ode
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+
+def panels(columns, path, across=0):
+    """PNG of titled panels, all in one row, or `across` in each. A panel is points (N, 2), drawn as a
+    density; images (N, 3, H, W) uint8, drawn as a grid; or a picture."""
+    pictures = [v if isinstance(v, Image.Image) else density(v) if v.ndim == 2 else grid(v)
+                for v in columns.values()]
+    width, height = (max(sizes) for sizes in zip(*(picture.size for picture in pictures)))
+    across = across or len(pictures)
+    sheet = Image.new("RGB", (across * (width + 8), -(-len(pictures) // across) * (height + 28)), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    for i, (title, picture) in enumerate(zip(columns, pictures)):
+        left, top = i % across * (width + 8) + 4, i // across * (height + 28)
+        sheet.paste(picture, (left, top + 24))
+        pen.text((left + width / 2, top + 12), title, "black", font, anchor="mm")
+    atomic_write(path, lambda file: sheet.save(file, "PNG"))
+
+
+def density(points, size=240, half=1.0):
+    """Points (N, d) -> density of their first two coordinates on [-half, half]^2, from white to dark blue on
+    a square-root scale. Points (N, 1) are spread out in the other direction, which draws stripes."""
+    if points.shape[1] == 1:
+        points = torch.cat([points.cpu(), torch.linspace(-half, half, len(points))[:, None]], dim=1)
+    counts, _, _ = np.histogram2d(*points.cpu().double().numpy().T[:2], size // 2, [[-half, half]] * 2)
+    level = np.sqrt(np.minimum(counts / (20 * len(points) / (size / 2) ** 2), 1)).T[::-1, :, None]
+    shade = 255 * (1 - level) + np.array([20, 40, 110]) * level
+    return Image.fromarray(shade.astype(np.uint8)).resize((size, size), Image.NEAREST)
+
+
+def grid(images, columns=0):
+    """uint8 (N, 3, H, W) -> one picture, about square or with so many columns. Small images are enlarged."""
+    n, c, h, w = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    sheet = np.full((-(-n // columns) * h, columns * w, c), 255, np.uint8)
+    for i, image in enumerate(images.cpu().numpy()):
+        top, left = i // columns * h, i % columns * w
+        sheet[top:top + h, left:left + w] = image.transpose(1, 2, 0)
+    zoom = max(1, 48 // h, 96 // sheet.shape[1])
+    return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.NEAREST)
+
+
+def noise_and_labels(cfg, shape, classes, lo, hi, seed, device):
+    """Where samples lo..hi start: noise ~ N(0, sigma_d^2 I) (n, *shape), labels, and a Draw for what follows.
+
+    Labels are --label, or 0, 1, 2, ... in turn; None if there are no classes. Sample i has numbers of its
+    own, whatever lo and hi are."""
+    gen = Draw(seed, 0, lo, hi, device)
+    noise = cfg.sigma_d * gen.normal(*shape)
+    labels = torch.arange(lo, hi, device=device) % max(classes, 1)
+    labels = torch.full_like(labels, cfg.label) if cfg.label >= 0 else labels
+    return noise, labels if classes else None, gen
+
+
+@torch.no_grad()
+def report(cfg, run, step, sample, net, data, teacher, nfes):
+    """Draw and measure what the EMA network samples, at each number of network evaluations (NFE) in nfes.
+
+    Points: the energy distance to fresh data of the samples, of the exact ODE's samples, and of other data;
+    and the ODE error E, the RMS between samples of nfes[0] evaluations and the exact solution from the same
+    noise. Images: the samples beside the teacher's. Writes samples-*.png and metrics.json."""
+    if RANK:
+        return
+    nfes = (35,) if cfg.mode == "diffusion" else nfes
+    toy = len(data.shape) == 1
+    n = 5000 if toy else 36 if data.shape[0] == 3 and data.shape[1] <= 64 else 4
+    noise, y, gen = noise_and_labels(cfg, data.shape, net.options["classes"], 0, n, 12345, run.device)
+    columns = {}
+    metrics = dict(seconds=round(time.time() - run.began, 1), steps=step)
+    if step == cfg.steps:
+        run.bar.n = step  # tqdm itself lags behind, and would end below 100 %
+        run.bar.close()
+    tqdm.write("drawing samples" + (" and solving the ODE exactly, about 4 s" if toy else ""))
+    if toy:
+        fresh, other = (data.batch(Draw(cfg.seed, 2**32 + i, 0, n, run.device))[0] for i in (0, 1))
+        exact = exact_ode(data, noise, y, cfg.sigma_d)
+        columns = {"data": fresh, "exact ODE": exact}
+        distances = {"ode": energy_distance(exact, fresh), "data": energy_distance(other, fresh)}
+    elif teacher is not None and not isinstance(teacher, TextToImage):  # which is of use with guidance alone
+        solved = solve(teacher, noise, ode_times(18, cfg.sigma_d), y, cfg.sigma_d)
+        columns = {"teacher, 35 NFE": data.to_pixels(solved)}
+    for nfe in nfes:
+        x = sample(net, noise, y, nfe, cfg, gen)
+        columns[f"{cfg.mode}, {nfe} NFE"] = x if toy else data.to_pixels(x)
+        if toy:
+            distances[str(nfe)] = energy_distance(x, fresh)
+            metrics.setdefault("ode_error", rms(x, exact))
+    panels(columns, run.out / f"samples-{step:06d}.png")
+    if toy:
+        metrics["energy_distance"] = distances
+        run.log(step, ode_error=metrics["ode_error"], energy_distance=distances[str(nfes[0])])
+        print("energy distance to fresh data:  " + "  ".join(
+            f"{k + ' NFE' if k.isdigit() else k} {v:.5f}" for k, v in distances.items()))
+        print(f"ODE error E = {metrics['ode_error']:.4f}   (RMS of {nfes[0]} NFE against the exact solution)")
+    atomic_write(run.out / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
+    print(f"{step} steps, {metrics['seconds']:.0f} s; wrote {run.out}/samples-{step:06d}.png")
+
+
+def write_npz(path, x, labels):
+    """ADM's .npz: arr_0 holds points (N, D) or uint8 (N, H, W, 3), arr_1 the labels (N,) if there are any."""
+    labels = {} if labels is None else dict(arr_1=labels.cpu().numpy())
+    array = x.numpy() if x.ndim == 2 else x.permute(0, 2, 3, 1).numpy()
+    atomic_write(path, lambda file: np.savez(file, arr_0=array, **labels))
+
+
+@torch.no_grad()
+def write_samples(cfg, sample):
+    """--sample N --nfe K: write a picture (.png), or ADM's .npz."""
+    if RANK:
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net = load_net(cfg.out).to(device)
+    if isinstance(net, TextToImage):
+        net.read([cfg.prompt or fail("--sample of a text-to-image run needs --prompt TEXT")])
+    shape, classes = net.options["shape"], net.options["classes"]
+    if cfg.label >= 0 and cfg.label >= classes:
+        valid = f"the classes are 0..{classes - 1}" if classes else "the network has no classes"
+        fail(f"--label {cfg.label}: {valid}")
+    parts, labels = [], []
+    for lo in tqdm(range(0, cfg.sample, 1024), desc="sample", disable=None):
+        part = lo, min(lo + 1024, cfg.sample)
+        noise, y, gen = noise_and_labels(cfg, shape, classes, *part, cfg.seed, device)
+        parts.append(sample(net, noise, y, cfg.nfe, cfg, gen).cpu())
+        labels.append(y)
+    x = torch.cat(parts)
+    path = Path(cfg.save or f"{cfg.out}/samples.png")
+    values = torch.cat([to_pixels(part.to(device), cfg).cpu() for part in parts])
+    if len(shape) == 1:
+        fresh, _ = dataset(cfg).batch(Draw(cfg.seed, 2**32, 0, min(len(x), 5000)))
+        print(f"energy distance to fresh data, {cfg.nfe} NFE: {energy_distance(x[:5000], fresh):.5f}")
+    if path.suffix == ".png":
+        panels({f"{cfg.sample} samples, {cfg.nfe} NFE": values}, path)
+    else:
+        write_npz(path, values, torch.cat(labels) if classes else None)
+    print(f"wrote {path}")
