@@ -1,31 +1,33 @@
 """What the papers claim, put to a fair test: one command a claim.
 
     python tests/claims.py                                    lists the claims
+    python tests/claims.py toy                                every mode of every script on the 2-D ring
     python tests/claims.py tangent                            trains what it compares, prints a table
     python tests/claims.py tangent-images --data CIFAR10 --features FEATURES.pt
 
 Each row is a run on the toy, or for a claim that ends in -images on 16 x 16 pixels, from the README's teacher
 in out/scm-folder-diffusion. Cells are the mean over the seeds (lowest-highest): of points the energy distance
 to fresh data, of images the Frechet distance in the given features, and E. Finished runs in --out are kept,
-and trained anew if their commands have changed.
+and trained anew if their commands have changed. Charts need matplotlib.
 """
 import argparse
 import concurrent.futures
 import contextlib
 import json
 import math
+import os
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import common
-import direct_cm
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import eval as evaluation
+import kit
 import multistep_cm
 
 
@@ -109,7 +111,7 @@ CLAIMS = {
     "targets": Claim(
         'SCT, Fig. 4 (gap t / 256, all 50,000 images): "the 1-step FID dropping from 5.61 to 4.56"',
         grid(f"{FIXED_GAP} --steps 1000 --init {{first}}",
-             distance={"smooth": "", "the paper's": "--huber 1e-8 --P_mean -1.1"}, target=TARGETS),
+             distance={"smooth": "", "the paper's": "--huber_c 1e-8 --P_mean -1.1"}, target=TARGETS),
         first="sct.py --mode diffusion --steps 3000"),
     "targets-images": Claim(
         'SCT, Fig. 4 (gap t / 256, all 50,000 images): "the 1-step FID dropping from 5.61 to 4.56"',
@@ -174,15 +176,10 @@ CLAIMS = {
 def measure(out, nfe, args, seed=0):
     """{column: value} of a finished run. What Direct CM samples is compared, as in the paper, with what its
     teacher samples."""
-    ckpt, row = common.read_checkpoint(out), {}
-    direct = ckpt["script"] == "direct_cm"
-    if direct and ckpt["config"]["dataset"] == "gmm":
-        cfg = common.make_config(direct_cm.Config, ckpt["config"])
-        with contextlib.redirect_stdout(None):
-            E, *distances = direct_cm.compare(cfg, [out])[Path(out).name]
-        return {f"{n} NFE": value for n, value in zip((1, 2, 4), distances)} | dict(E=E)
+    direct = kit.read_checkpoint(out)["script"] == "direct_cm"
     options = argparse.Namespace(**vars(args.eval) | dict(reference="teacher" if direct else None, seed=seed))
-    for (_, n), (values, _) in evaluation.evaluate(out, nfe, options, args.tools, "cpu").items():
+    found, row = evaluation.evaluate(out, nfe, options, args.tools, "cpu"), {}
+    for (_, n), (values, _) in found.items():
         if n != "teacher":
             row[f"{n} NFE"] = values.get("energy_distance", values.get("frechet_distance"))
             if "ode_error" in values:
@@ -212,12 +209,12 @@ def training(folder, key):
 
 def draw(claim, folders, cells, path):
     """The claim's chart: over training, or over the number that ends a row's name. A row without one is a
-    level line."""
-    pictures = {}
+    level line. Shaded is the range of the seeds."""
+    charts = {}
     if claim.chart == "training":
         for key, title in (("tangent_rms", "RMS of the tangent"), ("ode_error", "E")):
             lines = {row: line for row, folder in folders.items() if (line := training(folder, key))}
-            pictures[f"{title} over training steps"] = common.chart(lines, "y", (520, 300))
+            charts[f"{title} over training steps"] = lines
     else:
         titles = {"1 NFE": "distance in one step", "E": "E"} if claim.nfe else {"quality": "distance"}
         for key, title in titles.items():
@@ -227,21 +224,96 @@ def draw(claim, folders, cells, path):
                 v, label = columns[key], row.rsplit(" ", 1)[0] if row in numbered else row
                 for x in [numbered[row]] if row in numbered else (ends[0], ends[-1]):
                     lines.setdefault(label, []).append((x, sum(v) / len(v), min(v), max(v)))
-            pictures[f"{title} over {claim.chart}"] = common.chart(lines, "xy")
-    common.panels(pictures, path)
+            charts[f"{title} over {claim.chart}"] = lines
+    try:
+        import matplotlib
+    except ImportError:
+        kit.fail("charts need matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, len(charts), figsize=(6 * len(charts), 3.4), layout="constrained")
+    for (title, lines), at in zip(charts.items(), axes):
+        for label, line in lines.items():
+            x, mean, low, high = zip(*line)
+            at.plot(x, mean, label=label)
+            at.fill_between(x, low, high, alpha=0.2)
+        at.set(title=title, yscale="log", xscale="linear" if claim.chart == "training" else "log")
+        at.grid(alpha=0.3)
+    axes[-1].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
-def samplers(args):
+def spread(values, digits):
+    """Mean (lowest-highest)."""
+    return f"{sum(values) / len(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def train_once(command, out):
+    """Run `SCRIPT.py FLAGS --out OUT` in a process of its own, on one thread. OUT keeps the command, and is
+    left alone if it is the same."""
+    kept = Path(out, "command.txt")
+    if not kept.exists() or kept.read_text() != command:
+        kept.unlink(missing_ok=True)
+        script, *flags = command.split()
+        command = [sys.executable, str(ROOT / script), *flags, "--out", out, "--overwrite"]
+        environment = os.environ | dict(OMP_NUM_THREADS="1")
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            kit.fail(f"{' '.join(command)} stopped: {done.stderr.strip().splitlines()[-1]}")
+        kept.write_text(" ".join([script, *flags]))
+    return out
+
+
+TOY = dict(scm=("diffusion", "scd", "sct", "dscd"), cm=("cd", "ct", "ict", "ctcd", "ctct"),
+           sct=("ect", "sct"), multistep_cm=("cd", "ct", "pd"), direct_cm=("cm", "direct"))
+
+
+def toy(_, args):
+    """Every mode of every script on the ring, with equal steps, batch, network and seeds. A run of
+    multistep_cm.py is made for one number of steps, so there is one for each. Writes toy/eval.png."""
+    steps, nfes, root = args.steps or 3000, (1, 2, 4), Path(args.out, "toy")
+    runs = [(script, mode, seed, k) for seed in range(args.seeds) for script in TOY for mode in TOY[script]
+            for k in (nfes if script == "multistep_cm" else (0,))]
+
+    def train(run):
+        script, mode, seed, k = run
+        extra = dict(multistep_cm=f" --student_steps {k}", sct=f" --stage_steps {max(1, steps // 20)}")
+        return train_once(f"{script}.py --mode {mode} --steps {steps} --batch 256 --seed {seed}"
+                          + extra.get(script, ""), f"{root}/{script}-{mode}{f'-{k}' if k else ''}-{seed}")
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        outs = list(tqdm(pool.map(train, runs), total=len(runs), desc="toy", disable=None))
+    found, sheet = {}, {}
+    for (script, mode, _, k), out in tqdm(zip(runs, outs), total=len(runs), desc="sample", disable=None):
+        own = evaluation.evaluate(out, (k,) if k else nfes, args.eval, args.tools, "cpu")
+        for (_, nfe), (row, picture) in own.items():
+            found.setdefault((script, mode), []).append(row)
+            sheet.setdefault(f"{script} {mode}, {nfe} NFE", picture)  # that of the first seed
+    fastest = min(row["seconds"] for row in found["scm", "diffusion"])
+    rows = []
+    for (script, mode), mine in found.items():
+        line = {f"energy distance, {nfe} NFE": spread([row["energy_distance"] for row in mine
+                                                       if row["nfe"] == nfe], 5) for nfe in nfes}
+        line["E"] = spread([row["ode_error"] for row in mine if row["nfe"] == 1], 4)
+        line["cost"] = f"{min(row['seconds'] for row in mine) / max(fastest, 1):.1f}"  # over diffusion's
+        rows.append(dict(method=script, mode=mode) | line)
+    floor = max(row.get("exact_ode", 0) for mine in found.values() for row in mine)  # the same in all rows
+    rows.append({"method": "exact ODE", "energy distance, 1 NFE": f"{floor:.5f}"})
+    print(evaluation.table(rows), flush=True)
+    kit.panels(sheet, root / "eval.png", 6)
+
+
+def samplers(_, args):
     """The exact teacher's own samples, in 2-D and in 64-D. The seeds are of noise and data."""
     for dataset in ("gmm", "gmm64"):
         cells = {}
         for steps in (2, 4, 8, 16, 32, 64):
             for seed in range(args.seeds):
                 flags = f"--dataset {dataset} --student_steps {steps} --seed {seed} --out out/none"
-                cfg = common.parse_args(multistep_cm.Config, multistep_cm.PRESETS, multistep_cm.LOSSES,
+                cfg = kit.parse_args(multistep_cm.Config, multistep_cm.PRESETS, multistep_cm.LOSSES,
                                         flags.split())
                 with contextlib.redirect_stdout(None):
-                    rows = multistep_cm.compare(cfg, common.dataset(cfg))
+                    rows = multistep_cm.compare(cfg, kit.dataset(cfg))
                 for solver, distance in rows.items():
                     row = cells.setdefault(f"{dataset}, {solver}", {})
                     row.setdefault(f"{steps} steps", []).append(distance)
@@ -251,7 +323,7 @@ def samplers(args):
 def show(name, cells):
     print(f"\n{CLAIMS[name].paper}\n")
     digits = 3 if name.endswith("-images") else 5
-    rows = [{name: row} | {column: evaluation.spread(v, digits) for column, v in columns.items()}
+    rows = [{name: row} | {column: spread(v, digits) for column, v in columns.items()}
             for row, columns in cells.items()]
     print(evaluation.table(rows), flush=True)
 
@@ -259,7 +331,7 @@ def show(name, cells):
 def variant(out, changes):
     """A copy of a run, in a folder of its own, whose stored flags are changed: for sampling."""
     path = f"{out}, {', '.join(f'{k} {v}' for k, v in changes.items())}"
-    ckpt = common.read_checkpoint(out)
+    ckpt = kit.read_checkpoint(out)
     Path(path).mkdir(exist_ok=True)
     torch.save(ckpt | dict(config=ckpt["config"] | changes), Path(path, "ckpt.pt"))
     Path(path, "log.jsonl").write_bytes(Path(out, "log.jsonl").read_bytes())
@@ -271,7 +343,7 @@ def run(name, args):
     claim, root = CLAIMS[name], Path(args.out, name)
     extra = f" {claim.extra}" + f" --data {args.data}" * name.endswith("-images")
     extra += f" --steps {args.steps}" if args.steps else ""
-    first = evaluation.train_once(claim.first + extra, str(root / "first")) if claim.first else ""
+    first = train_once(claim.first + extra, str(root / "first")) if claim.first else ""
     for kept in root.glob("*/command.txt") if first else ():
         if kept.stat().st_mtime < Path(first, "command.txt").stat().st_mtime:
             kept.unlink()  # a student of an earlier first run
@@ -286,13 +358,13 @@ def run(name, args):
 
     def train(job):
         try:
-            return evaluation.train_once(*job)
+            return train_once(*job)
         except SystemExit:  # the script has said why, such as a loss that is not finite
             return ""
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         outs = list(tqdm(pool.map(train, jobs.values()), total=len(jobs), desc=name, disable=None))
     if not any(outs):
-        common.fail(f"{name}: no run came to its end; the lines above say why")
+        kit.fail(f"{name}: no run came to its end; the lines above say why")
     cells, folders = {}, {}
     for ((row, seed), (words, _)), out in zip(jobs.items(), outs):
         for label, changes in claim.sampling.items():
@@ -322,18 +394,17 @@ def main(argv=None):
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--steps", type=int, default=0, help="steps of every run, to try it out")
     parser.add_argument("--out", default="out/claims")
-    parser.error = common.fail
+    parser.error = kit.fail
     args = parser.parse_args(argv)
     if min(args.seeds, args.jobs, args.samples - 1) < 1:
-        common.fail("--seeds and --jobs must be at least 1, --samples at least 2")
+        kit.fail("--seeds and --jobs must be at least 1, --samples at least 2")
     for name in args.names:
-        if name not in CLAIMS:
-            common.fail(f"unknown claim {name!r}; the claims are {', '.join(CLAIMS)}")
+        if name not in (*CLAIMS, "toy"):
+            kit.fail(f"unknown claim {name!r}; the claims are toy, {', '.join(CLAIMS)}")
     args.eval = evaluation.parse_args(["x", "--features", args.features, "--samples", str(args.samples)])
-    features = evaluation.feature_network(args.features, None, torch.device("cpu"))
-    args.tools = SimpleNamespace(features=features, references={}, solved={}, prompts=None, scores=None)
+    args.tools = evaluation.make_tools(args.eval, torch.device("cpu"))
     for name in args.names:
-        samplers(args) if name == "samplers" else run(name, args)
+        dict(toy=toy, samplers=samplers).get(name, run)(name, args)
     if not args.names:
         print("\n".join(f"{name:18}{claim.paper}" for name, claim in CLAIMS.items()))
 

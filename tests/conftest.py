@@ -1,27 +1,37 @@
+"""What the tests share."""
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads only get in each other's way
 
+import cm
 import common
+import direct_cm
+import kit
+import multistep_cm
 import scm
+import sct
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
 
 ROOT = Path(common.__file__).parent
-energy_distance = common.energy_distance
+REPORT = sys.modules["kit.report"]  # kit.report is its function
+SCRIPTS = dict(cm=cm, direct_cm=direct_cm, multistep_cm=multistep_cm, sct=sct, scm=scm)
+energy_distance = kit.metrics.energy_distance
 
 
 def quick_report(set):
     """A toy run ends with a report that takes four seconds, and few tests look at its figures. With 32 steps
     of the exact ODE in place of 256, and 500 points in place of 5,000, it takes half a second."""
-    set(common, "EXACT_STEPS", 32)
-    set(common, "energy_distance", lambda a, b: energy_distance(a[:500], b[:500]))
+    set(kit.toys, "EXACT_STEPS", 32)
+    set(REPORT, "energy_distance", lambda a, b: energy_distance(a[:500], b[:500]))
 
 
 def torchrun(script, *words):
@@ -42,7 +52,7 @@ def finish(command):
 
 def preset(script, dataset="gmm", **values):
     """The Config of a script's preset, as without a command line; `values` replace those of the preset."""
-    known, found = script.Config.__dataclass_fields__, common.preset(script.PRESETS, dataset)
+    known, found = script.Config.__dataclass_fields__, kit.config.preset(script.PRESETS, dataset)
     return script.Config(**dict(dataset=dataset) | {k: v for k, v in found.items() if k in known} | values)
 
 
@@ -54,6 +64,58 @@ def one_line(capsys, function, *words):
     lines = capsys.readouterr().err.strip().splitlines()
     assert error.value.code == 2 and len(lines) == 1, lines
     return lines[0]
+
+
+def parsed(*words, script=scm):
+    """The Config of a command line that needs no teacher, nor a run to start from."""
+    words = [str(w) for w in words] + ["--teacher", "exact"] * ("--teacher" not in words)  # any will do
+    words += ["--init", "none"] * ("--init" not in words)
+    return kit.parse_args(script.Config, script.PRESETS, script.LOSSES, words)
+
+
+def fails(capsys, function, *args, **kw):
+    """The one line that a call ends in."""
+    return one_line(capsys, lambda _: function(*args, **kw))
+
+
+def same(a, b, exact=True):
+    """Two state dicts are equal, bit for bit or to float tolerance."""
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if exact else torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-6) for k in a)
+
+
+def same_optimizer(a, b):
+    pairs = zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values())
+    return all(torch.equal(x[k], y[k]) for x, y in pairs for k in x)
+
+
+def files(out):
+    return {path.name: path.read_bytes() for path in Path(out).glob("[!.]*")}
+
+
+def log(out):
+    """The lines of training; a report on the toy adds one with E."""
+    lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def draw(n=64, step=0):
+    return common.Draw(0, step, 0, n)
+
+
+def full(n, value):
+    return torch.full((n,), value, dtype=torch.float64)
+
+
+def toy_net(seed=0, **options):
+    """A small network for 2-D points, in float64."""
+    small = dict(shape=(2,), channels=32, blocks=2, emb_scale=10.0, head=False)
+    return kit.networks.build(small | options, seed).double()
+
+
+def gradient(loss, net):
+    grads = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
+    return torch.cat([g.flatten() for g in grads if g is not None])
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -71,7 +133,7 @@ def scratch(tmp_path, monkeypatch):
 def ring():
     """Toy config, dataset and exact teacher."""
     cfg = preset(scm, warmup=0)
-    data = common.dataset(cfg)
+    data = kit.dataset(cfg)
     return cfg, data, data
 
 
@@ -95,9 +157,9 @@ def posterior(ring):
 def nets():
     """A 2-D and an image network in float64, every parameter random (as trained: no gain is zero)."""
     def make(dropout=0.0, **options):
-        toy = common.build(dict(shape=(2,), channels=16, blocks=2) | options)
+        toy = kit.networks.build(dict(shape=(2,), channels=16, blocks=2) | options)
         small = dict(shape=(3, 8, 8), channels=8, blocks=1, attention=(4,), dropout=dropout)
-        unet = common.build(small | options)
+        unet = kit.networks.build(small | options)
         for net in (toy, unet):
             generator = torch.Generator().manual_seed(1)
             for p in net.parameters():
@@ -108,7 +170,7 @@ def nets():
 
 def draw_pictures(root, count=24):
     """`count` pictures of 8 x 8 pixels in 3 class folders."""
-    images, _ = common.draw_shapes(scm.Config(image_size=8), count)
+    images, _ = kit.toys.draw_shapes(scm.Config(image_size=8), count)
     for i, image in enumerate(images):
         path = root / "abc"[i % 3] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,9 +186,19 @@ def folder(tmp_path):
 
 def run_here(*words, script=scm):
     """Train in this process from command-line words; returns the checkpoint."""
-    cfg = common.parse_args(script.Config, script.PRESETS, script.LOSSES, [str(w) for w in words])
+    cfg = kit.parse_args(script.Config, script.PRESETS, script.LOSSES, [str(w) for w in words])
     script.train(cfg)
-    return common.read_checkpoint(cfg.out)
+    return kit.read_checkpoint(cfg.out)
+
+
+@pytest.fixture
+def vae():
+    """Folder of a tiny AutoencoderKL: 16 x 16 pixels <-> 4 x 8 x 8 latents."""
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        block_out_channels=[32, 32], down_block_types=["DownEncoderBlock2D"] * 2, norm_num_groups=8,
+        up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, sample_size=16).save_pretrained("vae")
+    return "vae"
 
 
 @pytest.fixture

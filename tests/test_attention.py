@@ -1,11 +1,11 @@
-"""Attention with a JVP: output and tangent of one online pass against PyTorch's own math in float64."""
-import common
+"""kit/attention.py: output and tangent of one online pass against PyTorch's own math in float64."""
+import kit
+from conftest import ROOT
 
 import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_output_and_tangent(n, dtype, bound):
     """Any number of tokens, also more than one block of keys; large logits, too."""
     x = [v.to(dtype).double() for v in inputs(n)]
     x[0] *= 4
-    for found, expected in zip(both(common.attention, x, dtype), both(oracle, x, torch.float64)):
+    for found, expected in zip(both(kit.attention.attention, x, dtype), both(oracle, x, torch.float64)):
         assert found.dtype == dtype and error(found, expected) < bound
 
 
@@ -45,7 +45,7 @@ def test_missing_tangents():
     """q alone moves: the tangents of k and v count as zero."""
     q, k, v, tq, *_ = inputs()
     with torch.no_grad():
-        found = torch.func.jvp(lambda q: common.attention(q, k, v), (q,), (tq,))
+        found = torch.func.jvp(lambda q: kit.attention.attention(q, k, v), (q,), (tq,))
         expected = torch.func.jvp(lambda q: oracle(q, k, v), (q,), (tq,))
     assert all(error(a, b) < 1e-12 for a, b in zip(found, expected))
 
@@ -53,7 +53,7 @@ def test_missing_tangents():
 def test_ordinary_pass_has_gradients():
     """Without a tangent it is PyTorch's attention, with the gradient of the formula."""
     x = [v.requires_grad_() for v in inputs()[:3]]
-    grads = [torch.autograd.grad(f(*x).sin().sum(), x) for f in (common.attention, oracle)]
+    grads = [torch.autograd.grad(f(*x).sin().sum(), x) for f in (kit.attention.attention, oracle)]
     assert all(error(a, b) < 1e-10 for a, b in zip(*grads))
 
 
@@ -70,7 +70,7 @@ def test_memory_is_linear():
     sizes = []
     for n in (1024, 2048):
         with Largest() as largest:
-            common.attention_blocks(*(v[:1, :1].float() for v in inputs(n)))
+            kit.attention.attention_blocks(*(v[:1, :1].float() for v in inputs(n)))
         sizes.append(largest.size)
     assert sizes[1] <= 2 * sizes[0] and sizes[1] < 2048**2
 
@@ -78,13 +78,13 @@ def test_memory_is_linear():
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, {root!r}); sys.path.insert(0, {root!r} + "/tests")
-import common, test_attention as t
-assert common.triton_kernel() is not None
+import kit, test_attention as t
+assert kit.attention.triton_kernel() is not None
 for n, c, dtype, bound in ((70, 16, torch.float32, 1e-5), (70, 64, torch.float32, 1e-5),
                            (70, 32, torch.float16, 2e-3)):
     x = [v[:, :2].to(dtype).double() for v in t.inputs(n, c)]
-    common.attention_blocks = None  # the kernel, and nothing else
-    for found, expected in zip(t.both(common.attention, x, dtype), t.both(t.oracle, x, torch.float64)):
+    kit.attention.attention_blocks = None  # the kernel, and nothing else
+    for found, expected in zip(t.both(kit.attention.attention, x, dtype), t.both(t.oracle, x, torch.float64)):
         assert t.error(found, expected) < bound, (n, c, dtype, t.error(found, expected))
 print("fine")
 """
@@ -94,7 +94,7 @@ def test_triton_kernel_in_the_interpreter():
     """The GPU's kernel, run by Triton's interpreter on the CPU."""
     pytest.importorskip("triton")
     env = os.environ | dict(TRITON_INTERPRET="1")
-    code = SCRIPT.format(root=str(Path(common.__file__).parent))
+    code = SCRIPT.format(root=str(ROOT))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert "fine" in done.stdout, done.stderr[-2000:]
 
@@ -104,5 +104,5 @@ def test_triton_kernel_in_the_interpreter():
 def test_triton_kernel_on_the_gpu(n, dtype, bound):
     """The same kernel, compiled."""
     x = [v.to("cuda", dtype).double() for v in inputs(n, 64)]
-    for found, expected in zip(both(common.attention, x, dtype), both(oracle, x, torch.float64)):
+    for found, expected in zip(both(kit.attention.attention, x, dtype), both(oracle, x, torch.float64)):
         assert error(found, expected) < bound

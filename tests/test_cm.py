@@ -1,10 +1,12 @@
-"""cm.py: the curricula, the boundary, the discrete and continuous losses, and editing."""
+"""cm.py: the curricula, the boundary, the discrete and continuous losses, editing and the search."""
 import cm
 import common
+import kit
 import sct
-from conftest import preset
+from conftest import draw, gradient, preset, toy_net
 
 import dataclasses
+import functools
 import math
 import sys
 import types
@@ -14,17 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-
-def config(**values):
-    return preset(cm, **values)
-
-
-def draw(n=64, step=0):
-    return common.Draw(0, step, 0, n)
-
-
-def toy_net(seed=0):
-    return common.build(dict(shape=(2,), channels=32, blocks=2, emb_scale=10.0, head=False), seed).double()
+config = functools.partial(preset, cm)
 
 
 class Gaussian:
@@ -79,15 +71,16 @@ def test_ct_curriculum():
     cfg = config(mode="ct", intervals_start=2, intervals=200, mu=0.95, steps=800_000)
     for step, n, mu in [(0, 2, 0.9025), (400_000, 143, 0.999278), (800_000, 201, 0.999487),
                         (10**7, 201, 0.999487)]:
-        assert cm.schedule(step, cfg) == (n, pytest.approx(mu, abs=1e-6))
+        assert cm.grid_points(step, cfg) == n
+        assert cm.target_decay(step, cfg) == pytest.approx(mu, abs=1e-6)
 
 
 def test_ict_curriculum():
     """The number of intervals doubles from 10 to 1280 in eight equal stages."""
     cfg = config(mode="ict", intervals_start=10, intervals=1280, steps=400_000)
-    found = [cm.schedule(step, cfg)[0] for step in (0, 50_000, 150_000, 399_999, 400_000, 10**7)]
+    found = [cm.grid_points(step, cfg) for step in (0, 50_000, 150_000, 399_999, 400_000, 10**7)]
     assert found == [11, 21, 81, 1281, 1281, 1281]
-    assert cm.schedule(0, config(mode="ict", intervals_start=10, intervals=1280, steps=3))[0] == 11
+    assert cm.grid_points(0, config(mode="ict", intervals_start=10, intervals=1280, steps=3)) == 11
 
 
 def test_ict_pairs_follow_the_log_normal():
@@ -127,17 +120,12 @@ def test_exact_map_has_no_loss_up_to_the_solver(solver, order):
     assert math.log2(rms(0.02) / rms(0.01)) == pytest.approx(order + 1, abs=0.2)
 
 
-def gradient(loss, net):
-    grads = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
-    return torch.cat([g.flatten() for g in grads if g is not None])
-
-
 def test_continuous_time_is_the_limit_of_discrete_time(ring):
     """The gradient of the l2 loss at (t, t - h), summed over elements, over 2h, tends to that of f^T
     sg(df/dt), first order in h."""
     cfg, net, teacher = config(mode="ctcd", solver="euler"), toy_net(), ring[2]
     x0 = 0.5 * torch.randn(32, 2, generator=torch.Generator().manual_seed(0)).double()
-    limit = gradient(cm.continuous(net, net, teacher, x0, None, 0, cfg, draw(32))[0], net)
+    limit = gradient(cm.ctcd(net, net, teacher, x0, None, 0, cfg, draw(32))[0], net)
     gen = draw(32)
     t = common.karras(2**14)[gen.index(2**14)]
     x_t, error = x0 + t[:, None] * gen.normal(2), []
@@ -170,7 +158,7 @@ def test_ct_gradient_tends_to_cds(ring, posterior):
 def test_cd_learns_the_closed_form_map():
     """On a Gaussian, x_T -> m + s / sqrt(s^2 + T^2) (x_T - m)."""
     exact, cfg = Gaussian(), config(points=18, metric="l2")
-    net = common.build(dict(shape=(1,), channels=32, blocks=2, emb_scale=10.0, head=False))
+    net = kit.networks.build(dict(shape=(1,), channels=32, blocks=2, emb_scale=10.0, head=False))
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     for step in range(1000):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 1000)
@@ -233,9 +221,9 @@ def test_edits_keep_what_is_known(name, images_run):
     words = ["--edit", name, "--input", a, "--mask", "mask.png", "--other", b, "--out", "run", "--sigma", "2"]
     cm.main(words)
     assert Image.open(f"run/edit-{name}.png").size[0] > 24
-    cfg = common.parse_args(cm.Config, cm.PRESETS, cm.LOSSES, words)
-    columns = cm.edit(common.load_net("run"), cfg)
-    mask = cm.read_image("mask.png", (3, 8, 8))
+    cfg = kit.parse_args(cm.Config, cm.PRESETS, cm.LOSSES, words)
+    columns = cm.edit(kit.load_net("run"), cfg)
+    mask = kit.read_image("mask.png", (3, 8, 8))
     A, _, known = cm.operator(name, (3, 8, 8), mask)
     if known.any():
         assert torch.allclose(A(columns["result"]) * known, A(columns["input"]) * known, atol=1e-4)
@@ -249,8 +237,8 @@ def test_interpolation_is_on_the_sphere(images_run, monkeypatch):
     makes as many network calls as there are levels above 0.002."""
     seen = []
     monkeypatch.setattr(cm, "f", lambda net, x_t, t, y, cfg: seen.append((x_t, t)) or x_t.clamp(-1, 1))
-    cfg = common.parse_args(cm.Config, cm.PRESETS, cm.LOSSES, ["--edit", "interpolate", "--out", "run"])
-    net = common.load_net("run")
+    cfg = kit.parse_args(cm.Config, cm.PRESETS, cm.LOSSES, ["--edit", "interpolate", "--out", "run"])
+    net = kit.load_net("run")
     cm.edit(net, cfg)
     (arc, t), gen = seen.pop(), common.Draw(cfg.seed, 0, 0, 1)
     ends = torch.cat([80 * gen.normal(3, 8, 8) for _ in range(2)])
@@ -258,7 +246,7 @@ def test_interpolation_is_on_the_sphere(images_run, monkeypatch):
     norms = arc.flatten(1).norm(dim=1)
     assert (norms >= norms[[0, 8]].min() - 1e-3).all() and (norms <= norms[[0, 8]].max() + 1e-3).all()
     words = ["--edit", "colorize", "--input", images_run[0], "--out", "run"]
-    cm.edit(net, common.parse_args(cm.Config, cm.PRESETS, cm.LOSSES, words))
+    cm.edit(net, kit.parse_args(cm.Config, cm.PRESETS, cm.LOSSES, words))
     assert len(seen) == 39 and seen[-1][1] > 0.002
 
 
@@ -307,14 +295,14 @@ def test_uncertainty_is_edm2s(script, nets):
 def test_search_finds_the_best_of_the_grid(train, capsys):
     """Greedy search returns nfe levels, falling, the second no worse than any other level of the grid."""
     train("--channels", 16, "--blocks", 1, "--batch", 128, "--steps", 40, "--out", "run", script=cm)
-    cfg = common.parse_args(cm.Config, cm.PRESETS, cm.LOSSES, ["--search", "--nfe", "2", "--out", "run"])
-    net, data = common.load_net("run"), common.dataset(cfg)
-    found = cm.search(net, cfg, data, n=300)
-    real = data.batch(common.Draw(0, 2**32, 0, 300))[0]
+    cfg = kit.parse_args(cm.Config, cm.PRESETS, cm.LOSSES, ["--search", "--nfe", "2", "--out", "run"])
+    found, net = cm.search(cfg, n=300), kit.load_net("run")
+    real = kit.dataset(cfg).batch(common.Draw(0, 2**32, 0, 300))[0]
 
     def distance(sigma):
-        noise, y, gen = common.noise_and_labels(cfg, net, 0, 300, 0, "cpu")
+        noise, y, gen = kit.noise_and_labels(cfg, (2,), 0, 0, 300, 0, "cpu")
         trial = dataclasses.replace(cfg, sigmas=(80.0, sigma))
-        return common.energy_distance(cm.sample(net, noise, y, 2, trial, gen), real)
+        return kit.metrics.energy_distance(cm.sample(net, noise, y, 2, trial, gen), real)
     assert len(found) == 2 and found[0] == 80.0 > found[1]
     assert distance(found[1]) == min(distance(s) for s in common.karras(18).tolist()[1:])
+    assert f"--sigmas 80,{found[1]:.3g}" in capsys.readouterr().out

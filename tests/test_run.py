@@ -1,13 +1,26 @@
-"""The run, in every script: training, resume, processes, accumulation, sampling, and the errors of a user."""
-import cm
-import common
-import conftest
-import direct_cm
-import multistep_cm
+"""kit/run.py: the run in every script. Training, resume, kill, processes, accumulation, averages, and the
+forecast of memory."""
+import eval as evaluation
+import kit
 import scm
 import sct
-from conftest import ROOT, draw_pictures, finish, one_line, run_here, torchrun
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    draw_pictures,
+    files,
+    finish,
+    log,
+    one_line,
+    parsed,
+    preset,
+    run_here,
+    same,
+    same_optimizer,
+    torchrun,
+)
 
+import dataclasses
 import json
 import os
 import signal
@@ -19,49 +32,119 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-SCRIPTS = dict(cm=cm, direct_cm=direct_cm, multistep_cm=multistep_cm, sct=sct, scm=scm)
 TOY = ["--channels", "16", "--blocks", "1", "--batch", "128", "--log_every", "1"]
+PYTHON = [sys.executable, scm.__file__, "--channels", "16", "--batch", "32", "--log_every", "1"]
 
 
-def same(a, b, exact=True):
-    """Two state dicts are equal, bit for bit or to float tolerance."""
-    return a.keys() == b.keys() and all(
-        torch.equal(a[k], b[k]) if exact else torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-6) for k in a)
+def test_a_compiled_run_is_the_eager_one(folder, monkeypatch):
+    """--compile: one graph; the loss and all gradients of the first step, dropout masks included. Each kernel
+    takes a second to compile, so the network is smaller than a command line could make it."""
+    monkeypatch.setattr("torch._inductor.config.cpp.simdlen", 1)  # plain loops: no search for vector units
+    cfg = preset(scm, "folder", data=str(folder), mode="sct", channels=8, channel_mult=(1,), blocks=0,
+                 dropout=0.3, batch=8, steps=1, warmup=0, out="init")
+    scm.train(cfg)
+    init = kit.read_checkpoint("init")
+    for name in ("net", "ema"):  # at first, the output is 0
+        init[name]["out_gain"].fill_(1.0)
+    torch.save(init, "init/ckpt.pt")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    logs, gradients = [], []
+    for compiled in (False, True):
+        cfg = dataclasses.replace(cfg, init="init", compile=compiled, out=f"compiled-{compiled}")
+        scm.train(cfg)
+        logs.append(json.loads(Path(cfg.out, "log.jsonl").read_text()))
+        state = kit.read_checkpoint(cfg.out)["optimizer"]["state"]
+        gradients.append([v["exp_avg"] for v in state.values()])
+    counts = torch._dynamo.utils.counters
+    assert not counts["graph_break"] and counts["stats"]["unique_graphs"] == 1
+    names = ("loss", "mse", "grad_norm")
+    assert [logs[0][k] for k in names] == pytest.approx([logs[1][k] for k in names], rel=1e-4)
+    assert len(gradients[0]) > 15
+    for eager, found in zip(*gradients):
+        assert torch.allclose(eager, found, atol=1e-5 * eager.abs().max())
 
 
-def same_optimizer(a, b):
-    pairs = zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values())
-    return all(torch.equal(x[k], y[k]) for x, y in pairs for k in x)
+def test_dry_run_allocates_nothing_and_checks(folder, capsys):
+    """Parameters, FLOPs and memory are printed; no file is written; a missing teacher is found."""
+    flags = ["--dataset", "folder", "--data", str(folder), "--dry_run"]
+    scm.main([*flags, "--mode", "sct"])
+    text = capsys.readouterr().out
+    net = kit.network(parsed(*flags[:4]), kit.dataset(parsed(*flags[:4])))
+    assert f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters" in text and "GFLOP" in text
+    assert not Path("out").exists()
+    assert "no checkpoint" in one_line(capsys, scm.main, *flags, "--teacher", "nowhere")
 
 
-def files(out):
-    return {path.name: path.read_bytes() for path in Path(out).glob("[!.]*")}
+def test_flops_of_a_linear_layer(capsys):
+    """2 x inputs x outputs for the MLP's matrices, by hand."""
+    scm.main(["--dry_run", "--channels", "32", "--blocks", "1"])
+    n = 32
+    by_hand = 2 * sum(dict(first=2 * n, modulate=2 * n * n, inner=n * n, outer=n * n, last=2 * n,
+                           time=64 * n, head=128).values())
+    printed = float(capsys.readouterr().out.split("parameters; ")[1].split(" GFLOP")[0])
+    assert printed * 1e9 == pytest.approx(by_hand, rel=0.1)
 
 
-def log(out):
-    """The lines of training; a report on the toy adds one with E."""
-    lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
+def children(pid):
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(word) for task in tasks for word in (task / "children").read_text().split()]
 
 
-def fails(capsys, *words):
-    return one_line(capsys, scm.main, *words)
+def test_the_whole_path_at_tiny_size(tmp_path, vae):
+    """Pictures -> latents -> diffusion -> scd with guidance -> two-step samples -> pixels -> eval, as on
+    ImageNet-512 by the README's two lines: torchrun, two processes, folders by convention, with bfloat16 and
+    accumulation. A process is killed in the encoding and one in training, which ends the job and is said. The
+    same line, and --resume, go on."""
+    pictures = draw_pictures(tmp_path / "pictures", 800)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", scm.__file__,
+           "--dataset", "imagenet512"]
+    shared = ["--vae", "vae", "--dtype", "bf16", "--batch", "16", "--micro", "4", "--save_every", "2",
+              "--log_every", "2"]
+    small = ["--channels", "16", "--channel_mult", "1,2", "--blocks", "1", "--attention", "4"]
+    teacher = [*run, "--data", str(pictures), "--mode", "diffusion", *shared, *small, "--image_size", "16",
+               "--steps", "4"]
+    job, done = subprocess.Popen(teacher, stderr=subprocess.DEVNULL), Path("data/imagenet512/done.npy")
+    while job.poll() is None and not (done.exists() and done.stat().st_size > 800 and np.load(done).any()):
+        time.sleep(0.002)
+    os.kill(children(job.pid)[-1], signal.SIGKILL)
+    job.wait()
+    assert 0 < np.load(done).sum() < 800 and not Path("out/scm-imagenet512-diffusion/ckpt.pt").exists()
+    finish(teacher)
+    assert np.load(done).all()
+    student = [*run, *shared, "--warmup", "10"]
+    job = subprocess.Popen([*student, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
+    log = Path("out/scm-imagenet512-scd/log.jsonl")
+    while job.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.02)
+    os.kill(children(job.pid)[-1], signal.SIGKILL)
+    _, text = job.communicate(timeout=60)
+    assert job.returncode and "SIGKILL" in text or "-9" in text
+    last = kit.read_checkpoint(log.parent)["step"] + 4
+    finish([*run, "--resume", "--steps", str(last)])
+    ckpt = kit.read_checkpoint(log.parent)
+    assert ckpt["config"]["teacher"] == "out/scm-imagenet512-diffusion"
+    assert ckpt["step"] == last and ckpt["options"]["guidance"] and ckpt["options"]["shape"] == (4, 8, 8)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(2, last + 1, 2))
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    scm.main("--sample 6 --nfe 2 --guidance 1.5 --dataset imagenet512 --save x.npz".split())
+    found = np.load("x.npz")
+    assert found["arr_0"].shape == (6, 16, 16, 3) and found["arr_1"].tolist() == [0, 1, 2] * 2
+    evaluation.main([str(log.parent), "--nfe", "2", "--samples", "12", "--reference", str(pictures),
+                     "--out", "e"])
+    assert json.loads(Path("e/eval.json").read_text())[0]["frechet_distance"] > 0
 
 
-def test_toy_learns(train, monkeypatch):
-    """A few hundred steps bring one-step samples nearer to the data, and every file of a run is there."""
-    first = train("--steps", 1, "--out", "a", "--batch", 128)
-    monkeypatch.setattr(common, "energy_distance", conftest.energy_distance)  # of all 5,000 points
-    train("--steps", 150, "--out", "b", "--warmup", 50, "--log_every", 50)
-    a, b = (json.loads(Path(out, "metrics.json").read_text()) for out in "ab")
-    assert b["energy_distance"]["1"] < 0.5 * a["energy_distance"]["1"] and b["ode_error"] < a["ode_error"]
-    assert b["energy_distance"]["ode"] < 0.002
-    assert set(b) == {"energy_distance", "ode_error", "seconds", "steps"}
-    assert {"config.json", "log.jsonl", "ckpt.pt", "metrics.json", "samples-000150.png"} == set(files("b"))
-    assert {"step", "loss", "lr", "grad_norm", "seconds", "samples_per_s"} <= log("b")[0].keys()
-    assert first["script"] == "scm" and first["step"] == 1
+@pytest.mark.parametrize("mode", ["diffusion", "sct"])
+def test_half_precision_trains(train, folder, mode):
+    """float16 torso, float32 weights: loss scaling leaves gradients that move the weights and stay finite."""
+    ckpt = train("--dataset", "folder", "--data", folder, "--mode", mode, "--dtype", "fp16", "--steps", 3,
+                 "--batch", 8, "--channels", 8, "--blocks", 1, "--out", "half")
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in ckpt["net"].values())
+    last = json.loads(Path("half/log.jsonl").read_text().splitlines()[-1])
+    assert ckpt["scaler"]["scale"] > 0 and last["skipped"] < 3
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +170,9 @@ def base(tmp_path_factory):
     "scm scd+vsd --dtype bf16"])
 def test_every_mode_trains_on_images(words, train, base):
     """From a short diffusion run, with labels and dropout: finite losses, weights that change, an average
-    that trails them. sct.py logs the variance of its averaged target, at most that of a single one."""
+    that trails them. sct.py logs over how many samples its target averages."""
     (script, mode, *flags), (pictures, teacher) = words.split(), base
-    start = common.read_checkpoint(teacher)["ema"]
+    start = kit.read_checkpoint(teacher)["ema"]
     ckpt = train("--dataset", "folder", "--data", pictures, "--batch", 8, "--steps", 4, "--log_every", 1,
                  "--teacher", teacher, "--dropout", 0.1, "--mode", mode, *flags, "--out", "run",
                  script=SCRIPTS[script])
@@ -97,21 +180,7 @@ def test_every_mode_trains_on_images(words, train, base):
     assert len(lines) == 4 and all(np.isfinite(line["loss"]) for line in lines)
     assert any(not torch.equal(start[k], v) for k, v in ckpt["net"].items() if k in start)
     assert not same(ckpt["net"], ckpt["ema"])
-    assert all(0 <= line["variance"] <= 1.001 for line in lines if (script, mode) == ("sct", "sct"))
-
-
-def test_student_starts_from_the_teachers_average(train, folder):
-    """--teacher RUN gives the student the teacher's architecture and EMA, but a fresh weighting head."""
-    words = ["--dataset", "folder", "--data", str(folder), "--batch", "8", "--steps", "1"]
-    small = ["--channels", 8, "--blocks", 1, "--seed", 1]
-    ema = train(*words, *small, "--mode", "diffusion", "--out", "teacher")["ema"]
-    cfg = common.parse_args(scm.Config, scm.PRESETS, scm.LOSSES, [*words, "--teacher", "teacher"])
-    assert cfg.channels == 8 and cfg.blocks == 1
-    net = common.network(cfg, common.dataset(cfg))
-    state, fresh = net.state_dict(), common.build(net.options, cfg.seed).state_dict()
-    assert all(torch.equal(state[k], ema[k]) for k in state if not k.startswith("head."))
-    assert all(torch.equal(state[k], fresh[k]) for k in state if k.startswith("head."))
-    assert not torch.equal(fresh["head.linear.weight"], ema["head.linear.weight"])
+    assert all(0.999 <= line["averaged"] <= 24.001 for line in lines if (script, mode) == ("sct", "sct"))
 
 
 def test_resume_after_kill_is_bit_exact(train):
@@ -124,7 +193,7 @@ def test_resume_after_kill_is_bit_exact(train):
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    step = common.read_checkpoint("broken")["step"]
+    step = kit.read_checkpoint("broken")["step"]
     assert 0 < step < 60 and step % 7 in (0, 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -135,12 +204,12 @@ def test_resume_after_kill_is_bit_exact(train):
     assert [line["loss"] for line in log("broken")] == [line["loss"] for line in log("whole")]
 
 
-@pytest.mark.parametrize("words, part", [
-    ("cm cd", "target"), ("cm cd --mu 0", ""), ("sct sct --stage_steps 2", "weak"),
-    ("direct_cm direct", ""), ("scm scd+vsd", "")])
-def test_resume_is_bit_exact_in_every_script(words, part, train):
+@pytest.mark.parametrize("words, average", [
+    ("cm cd", True), ("cm cd --mu 0", False), ("sct sct --stage_steps 2", False),
+    ("direct_cm direct", False), ("scm scd+vsd", False)])
+def test_resume_is_bit_exact_in_every_script(words, average, train):
     """Stopped and resumed, all that a checkpoint holds is the unbroken run's: also cm.py's average of mu > 0
-    and sct.py's at half of training, which are no copies of the network. (For pd, see test_multistep.py.)"""
+    and sct.py's at half of training, which are no copies of the network. (pd: test_multistep_cm.py.)"""
     (script, mode, *flags), run = words.split(), [*TOY, "--lr_cooldown", 0]
     script = SCRIPTS[script]
     whole = train(*run, *flags, "--mode", mode, "--steps", 8, "--out", "whole", script=script)
@@ -152,12 +221,14 @@ def test_resume_is_bit_exact_in_every_script(words, part, train):
             return real(*inputs)
         patch.setitem(script.LOSSES, mode, stops)
         train(*run, *flags, "--mode", mode, "--steps", 8, "--save_every", 5, "--out", "parts", script=script)
-    assert common.read_checkpoint("parts")["step"] == 5
+    assert kit.read_checkpoint("parts")["step"] == 5
     parts = train("--resume", "--out", "parts", script=script)
-    assert all(same(whole[name], parts[name]) for name in {"net", "ema", "target"} | {part} - {""})
+    assert all(same(whole[name], parts[name]) for name in ("net", "ema", "target"))
     assert same_optimizer(whole, parts) and len(log("parts")) == 8
-    assert same(whole["net"], whole["target"]) == (part != "target")
-    assert part != "weak" or not same(whole["ema"], whole["weak"])
+    assert same(whole["net"], whole["target"]) != average
+    weak = {name: v for name, v in whole["ema"].items() if name.startswith("extra.weak.")}
+    assert bool(weak) == (script is sct)
+    assert not weak or not all(torch.equal(v, whole["ema"][name[11:]]) for name, v in weak.items())
 
 
 @pytest.mark.parametrize("mode", ["sct", "scd+vsd"])
@@ -168,7 +239,7 @@ def test_two_processes_and_micro_batches_are_one_run(mode, train, capsys):
     one = train(*words, "--steps", 5, "--out", "one")
     accumulated = train(*words, "--steps", 5, "--micro", 32, "--out", "micro")
     printed = finish(torchrun("scm", *words, "--steps", 5, "--out", "two", "--micro", 32))
-    two = common.read_checkpoint("two")
+    two = kit.read_checkpoint("two")
     assert same(one["net"], accumulated["net"], exact=False) and same(one["net"], two["net"], exact=False)
     losses = [[line["loss"] for line in log(out)] for out in ("one", "micro", "two")]
     assert np.allclose(losses[0], losses[1], rtol=1e-4) and np.allclose(losses[0], losses[2], rtol=1e-4)
@@ -202,21 +273,7 @@ def test_non_finite_steps_are_skipped_and_then_end_the_run(train, monkeypatch, c
     with pytest.raises(SystemExit) as error:
         train(*words, "--steps", 100, "--out", "bad")
     assert error.value.code == 2 and "non-finite" in capsys.readouterr().err
-    assert common.read_checkpoint("bad")["step"] == 1
-
-
-def test_samples_do_not_depend_on_how_many(train, folder):
-    """--sample 5 are the first five of --sample 9; .npz is ADM's format, and PNG a picture."""
-    train("--dataset", "folder", "--data", folder, "--channels", 8, "--blocks", 1, "--batch", 8, "--steps", 1,
-          "--mode", "sct", "--out", "run")
-    for n in "59":
-        scm.main(["--sample", n, "--nfe", "2", "--out", "run", "--save", f"{n}.npz"])
-    a, b = np.load("5.npz"), np.load("9.npz")
-    assert a["arr_0"].shape == (5, 8, 8, 3) and a["arr_0"].dtype == np.uint8
-    assert list(b["arr_1"]) == [0, 1, 2] * 3
-    assert np.abs(a["arr_0"].astype(int) - b["arr_0"][:5]).max() <= 1
-    scm.main(["--sample", "4", "--label", "1", "--out", "run"])
-    assert Image.open("run/samples.png").size[0] > 8
+    assert kit.read_checkpoint("bad")["step"] == 1
 
 
 def test_a_bad_flag_overwrites_nothing(train, monkeypatch):
@@ -236,54 +293,67 @@ def test_a_bad_flag_overwrites_nothing(train, monkeypatch):
     assert before == files("run")
 
 
-BAD = [  # script and words -> a part of the one line on stderr; most such cases are in test_input.py
-    ("sct --dataset folder --data nowhere", "--init"), ("sct --sigmas 1,80", "--sigmas"),
-    ("sct --dataset shapes --teacher exact", "--init"), ("sct --reference all", "batch"),
-    ("multistep_cm --teacher=", "teacher"), ("multistep_cm --mode pd --pd_start 2", "--pd_start"),
-    ("multistep_cm --teacher_steps 64,inf", "--teacher_steps"),
-    ("multistep_cm --figure --dataset gmm", "--figure"), ("multistep_cm --student_steps 0", "at least 1"),
-    ("direct_cm --teacher=", "--teacher"), ("direct_cm --hops -1", "--hops"),
-    ("cm --mode ctcd --teacher=", "--teacher")]
+def test_ctrl_c_promises_a_resume_where_there_is_one(train, monkeypatch):
+    """The hint that Ctrl-C ends in is empty until the run has a checkpoint, and then names its folder."""
+    hints = kit.process.HINTS
+    monkeypatch.setitem(hints, "stopped", "")
+
+    def stops(*inputs):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(scm.LOSSES, "scd", stops)
+        train(*TOY, "--out", "run")
+    assert hints["stopped"] == ""
+    train(*TOY, "--steps", 1, "--out", "run")
+    assert hints["stopped"] == "; --resume goes on from the checkpoint in run"
 
 
-@pytest.mark.parametrize("words, text", BAD)
-def test_bad_input_is_one_line_and_exit_2(words, text, capsys):
-    """Whatever a user can type wrong: one line that says what, and exit code 2."""
-    script, *flags = words.split()
-    assert text in one_line(capsys, SCRIPTS[script].main, *flags, "--steps", 1)
+def wait_for(path, lines=3):
+    deadline = time.time() + 60
+    while not (path.exists() and path.read_bytes().count(b"\n") > lines) and time.time() < deadline:
+        time.sleep(0.02)
 
 
-def test_a_checkpoint_of_another_version_is_named_as_such(train, capsys):
-    """Weights of other names or sizes, as teacher, to sample from, and to resume."""
-    ckpt = train(*TOY, "--steps", 1, "--out", "run")
-
-    def old(state):
-        return {"cond." + name: value for name, value in state.items()}
-    for change in (dict(ema=old(ckpt["ema"])), dict(options=ckpt["options"] | dict(blocks=3))):
-        torch.save(ckpt | change, "run/ckpt.pt")
-        for words in (["--sample", 4, "--out", "run"], ["--teacher", "run", "--out", "x"]):
-            assert "another version" in fails(capsys, *words)
-    torch.save(ckpt | dict(net=old(ckpt["net"])), "run/ckpt.pt")
-    assert "cannot be resumed" in fails(capsys, "--resume", "--out", "run")
-
-
-def test_loading_a_checkpoint_never_runs_code(capsys):
-    """A pickle that would call a function is refused, and the function is not called."""
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, ("owned",)
-    Path("run").mkdir()
-    torch.save(dict(script="scm", config={}, options={}, net=Evil(), ema={}), "run/ckpt.pt")
-    assert "no checkpoint" in fails(capsys, "--sample", 4, "--out", "run")
-    assert not Path("owned").exists()
+def test_one_run_at_a_time_and_sigterm(tmp_path):
+    """A second run in the same folder is told who holds it. SIGTERM leaves a whole checkpoint, a line, and
+    143; the next run removes what killed writers have left, and drops a line of zeros from the log."""
+    log, out = tmp_path / "run" / "log.jsonl", ["--out", "run"]
+    first = subprocess.Popen([*PYTHON, *out, "--steps", "100000", "--lr_cooldown", "0", "--save_every", "2"],
+                             stderr=subprocess.PIPE, text=True)
+    wait_for(log)
+    second = subprocess.run([*PYTHON, *out, "--overwrite"], capture_output=True, text=True)
+    assert second.returncode == 2 and f"in use by process {first.pid} " in second.stderr
+    first.send_signal(signal.SIGTERM)
+    _, text = first.communicate(timeout=60)
+    assert first.returncode == 143 and text.count("SIGTERM") == 1 and "Traceback" not in text
+    step = kit.read_checkpoint("run")["step"]
+    (tmp_path / "run" / ".ckpt.pt.123").write_bytes(b"half a checkpoint")
+    with open(log, "ab") as file:
+        file.write(b"\0" * 20 + b"\n")
+    scm.main(["--resume", *out, "--steps", str(step + 2)])
+    assert not (tmp_path / "run" / ".ckpt.pt.123").exists()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, step + 3))
 
 
-def test_a_full_disk_is_said_in_words_and_loses_nothing(capsys):
-    """A write that fails half-way leaves the old file whole and no debris."""
-    common.atomic_write("file", lambda file: file.write(b"old"))
-
-    def full(file):
-        file.write(b"new")
-        raise OSError(28, "No space left on device")
-    assert "No space left" in one_line(capsys, lambda _: common.atomic_write("file", full))
-    assert Path("file").read_bytes() == b"old" and os.listdir() == ["file"]
+def test_micro_is_the_largest_that_fits(monkeypatch):
+    """A divisor of the share: all of it in much memory, 1 in too little; between, the estimate fits and the
+    next divisor would not. Lack of memory names the next lower one."""
+    monkeypatch.setitem(kit.process.HINTS, "memory", "")
+    net = kit.networks.build(dict(shape=(3, 16, 16), channels=16, blocks=1))
+    parameters, _, fixed, sample = kit.run.estimate(net.options, False)
+    base = 12 * parameters + fixed
+    assert kit.run.largest_micro(net, 96, base + 10**12) == 96 and kit.run.largest_micro(net, 96, 0) == 1
+    assert kit.run.largest_micro(net, 96, base + int(1.33 * 47 * sample)) == 32
+    run = kit.Run.__new__(kit.Run)
+    run.cfg, run.device, run.micro = scm.Config(batch=96, micro=24), torch.device("cpu"), 0
+    run.split(net)
+    assert run.rows[1] == (24, 48) and len(run.rows) == 4
+    assert kit.process.HINTS["memory"] == "--micro 16, or --checkpointing"
+    run.cfg.micro, run.micro = 0, 20  # what a GPU of an earlier sitting chose for another share
+    run.split(net)
+    assert run.rows[1] == (16, 32) and run.micro == 16
+    net.checkpointing = True
+    half = kit.run.largest_micro(net, 96, base + int(1.33 * 96 * kit.run.estimate(net.options, True)[3]))
+    net.extra["another"] = kit.networks.build(net.options)
+    assert kit.run.largest_micro(net, 96, 2 * base) < half < 96

@@ -1,26 +1,17 @@
 """scm.py: the equations of the paper as identities."""
 import common
+import kit
 import scm
-from conftest import preset
+from conftest import draw, preset, toy_net
 
 import dataclasses
+import functools
 import math
 
 import pytest
 import torch
 
-
-def config(**values):
-    return preset(scm, **dict(warmup=0) | values)
-
-
-def draw(n=64, step=0):
-    return common.Draw(0, step, 0, n)
-
-
-def toy_net(seed=0, **options):
-    net = common.build(dict(shape=(2,), channels=32, blocks=2, emb_scale=10.0, head=False) | options, seed)
-    return net.double()
+config = functools.partial(preset, scm, warmup=0)
 
 
 @pytest.mark.parametrize("options", [{}, dict(c_noise="log"), dict(emb="fourier", emb_scale=16.0)])
@@ -48,6 +39,24 @@ def test_rearranged_jvp_is_the_plain_tangent(ring):
     _, df = common.jvp(lambda x, t: scm.f(net, x, t, None, cfg), (x_t, t), (dxdt, torch.ones_like(t)))
     _, g = scm.tangent(net, x_t, t, None, None, dxdt, 0, cfg, draw())
     assert torch.allclose(g, t.cos()[:, None] * df, atol=1e-10)
+
+
+def test_tangent_in_half_precision():
+    """EDM's c_noise = log(sigma) / 4 has a derivative without bound at both ends: in float16 the plain JVP
+    overflows there, the rearranged one of Sec. 5.1 stays finite over (0, pi/2); and so does c_noise = t."""
+    ends = 10.0 ** torch.linspace(-4, -1, 7)
+    t = torch.cat([ends, torch.tensor([0.5, 1.0, 1.4]), math.pi / 2 - ends.flip(0)]).double()
+    x_t, v_t = 0.5 * torch.randn(2, len(t), 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for options in (dict(c_noise="log", emb="fourier", double_norm=False), dict(c_noise="t")):
+        small = dict(shape=(3, 16, 16), channels=32, blocks=1, attention=(8,), dtype="fp16")
+        net = kit.networks.build(small | options)
+        for name, p in net.named_parameters():
+            p.data = torch.ones_like(p) if "gain" in name else p.data
+        cfg, gen = scm.Config(warmup=0), common.Draw(0, 0, 0, len(t))
+        F, g = scm.tangent(net, x_t, t, None, None, v_t, 0, cfg, gen)
+        _, plain = common.jvp(net, (x_t / 0.5, t), (v_t / 0.5, torch.ones_like(t)))
+        assert F.isfinite().all() and g.isfinite().all()
+        assert plain.isfinite().all() == (options["c_noise"] == "t")
 
 
 def test_discrete_tangent_tends_to_the_continuous(ring):
@@ -220,18 +229,27 @@ def student(cfg, teacher):
 
 def test_each_score_is_trained_by_its_own_loss(ring, monkeypatch):
     """Of vsd's two losses, the student's reaches no weight of the fake score, and the fake score's none of
-    the student. What the average keeps knows of neither the fake score nor its head."""
+    the student."""
     (cfg, net), parts = student(dataclasses.replace(ring[0], weighting="adaptive"), ring[2]), []
     adaptive = scm.adaptive
     monkeypatch.setattr(scm, "adaptive", lambda *inputs: parts.append(adaptive(*inputs)) or parts[-1])
     x0, y = ring[1].batch(draw())
     total, _ = scm.vsd(net, net, ring[2], x0.double(), y, 0, cfg, draw())
     names = [name for name, _ in net.named_parameters()]
-    for (loss, _), own in zip(parts, (lambda n: "fake." not in n, lambda n: "fake." in n)):
+    for (loss, _), own in zip(parts, (lambda n: "extra.fake." not in n, lambda n: "extra.fake." in n)):
         grads = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True)
         reached = {name for name, g in zip(names, grads) if g is not None and g.abs().max() > 0}
         assert reached and all(own(name) for name in reached)
-    assert total == parts[0][0] + parts[1][0] and any(name.startswith("vsd_head.") for name in names)
+    assert total == parts[0][0] + parts[1][0] and any(name.startswith("extra.vsd_head.") for name in names)
+
+
+def test_the_average_knows_no_fake_score(train):
+    """A checkpoint holds the fake score and its head with the network, and the average has neither."""
+    ckpt = train("--mode", "vsd", "--weighting", "adaptive", "--steps", 1, "--batch", 8, "--channels", 16,
+                 "--blocks", 1, "--out", "run")
+    held = {name.split(".")[1] for name in ckpt["net"] if name.startswith("extra.")}
+    assert held == {"fake", "vsd_head"} and not any(name.startswith("extra.") for name in ckpt["ema"])
+    assert not kit.load_net("run").extra
 
 
 def test_vsd_stops_where_the_scores_agree(ring):
@@ -239,8 +257,8 @@ def test_vsd_stops_where_the_scores_agree(ring):
     not."""
     cfg, net = student(ring[0], ring[2])
     x0, y = ring[1].batch(draw())
-    own = [p for name, p in net.named_parameters() if not name.startswith(("fake.", "head.", "vsd_head."))]
-    for teacher, agree in ((net.fake, True), (ring[2], False)):
+    own = [p for name, p in net.named_parameters() if not name.startswith(("extra.", "head."))]
+    for teacher, agree in ((net.extra["fake"], True), (ring[2], False)):
         loss, _ = scm.vsd(net, net, teacher, x0.double(), y, 0, cfg, draw())
         grads = torch.autograd.grad(loss, own)
         assert all(g.abs().max() == 0 for g in grads) == agree
@@ -249,24 +267,22 @@ def test_vsd_stops_where_the_scores_agree(ring):
 def test_vsds_fixed_point_is_the_data(ring):
     """A student x = m + s z, with the exact scores of its samples and of the data, a Gaussian: it ends at the
     data's mean and standard deviation."""
-    cfg, teacher = ring[0], common.Mixture(ring[0], torch.tensor([[0.4]]).double(), 0.3)
+    cfg, teacher = ring[0], kit.toys.Mixture(ring[0], torch.tensor([[0.4]]).double(), 0.3)
 
     class Student(torch.nn.Module):
-        vsd_head = None
-
         def __init__(self):
             super().__init__()
             self.m, self.s = (torch.nn.Parameter(torch.tensor(v).double()) for v in (-0.3, 0.8))
+            self.extra = torch.nn.ModuleDict(dict(fake=Fake()))
 
         def forward(self, x, t, y, guidance):  # F for which f(x_t, t) is m + s z
             return (t.cos()[:, None] * x * 0.5 - self.m - self.s * x) / (t.sin()[:, None] * 0.5)
 
     class Fake(torch.nn.Module):
         def forward(self, x, t, y, guidance, return_w=False):
-            F = common.Mixture(cfg, net.m.detach().view(1, 1), net.s.detach() * 0.5)(x, t)
+            F = kit.toys.Mixture(cfg, net.m.detach().view(1, 1), net.s.detach() * 0.5)(x, t)
             return (F, torch.zeros_like(t)) if return_w else F
-    net = Student()
-    net.fake = Fake()
+    cfg, net = dataclasses.replace(cfg, weighting="none"), Student()
     optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
     for step in range(400):
         optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 400)

@@ -1,8 +1,10 @@
 """sct.py: the pair of times, the averaged target, the segments, guidance."""
 import common
+import kit
 import sct
-from conftest import one_line, preset
+from conftest import draw, fails, full, gradient, one_line, parsed, preset
 
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -11,17 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-
-def config(**values):
-    return preset(sct, **values)
-
-
-def draw(n=64, step=0):
-    return common.Draw(0, step, 0, n)
-
-
-def full(n, value):
-    return torch.full((n,), value, dtype=torch.float64)
+config = functools.partial(preset, sct)
 
 
 class Fixed:
@@ -32,8 +24,13 @@ class Fixed:
     def batch(self, gen):
         return self.x, self.y
 
-    def members(self, c, device="cpu", size=7):
+    def members(self, c, device, size=7):
         yield from (self.x if c < 0 else self.x[self.y == c]).split(size)
+
+
+def fixed(x, y=None, reference="dataset"):
+    """The reference set of a finite training set."""
+    return sct.ReferenceSet(Fixed(x, y), config(dataset="fixed", reference=reference))
 
 
 class Gaussian:
@@ -57,26 +54,30 @@ class Gaussian:
 
 
 def brute_force(x_t, t, y, x, labels):
-    """Posterior mean over a finite set, float64, one sample after the other."""
-    rows = []
+    """Posterior mean over a finite set and 1 / sum W^2, in float64, one sample after the other."""
+    means, averaged = [], []
     for i in range(len(x_t)):
         members = x if y is None or y[i] < 0 else x[labels == y[i]]
         logits = -(x_t[i] - members).double().square().flatten(1).sum(1) / (2 * t[i] ** 2)
-        rows.append((logits.softmax(0).view(-1, *[1] * (x.ndim - 1)) * members.double()).sum(0))
-    return torch.stack(rows)
+        W = logits.softmax(0)
+        means.append((W.view(-1, *[1] * (x.ndim - 1)) * members.double()).sum(0))
+        averaged.append(1 / W.square().sum())
+    return torch.stack(means), torch.stack(averaged)
 
 
 @pytest.mark.parametrize("level", [0.002, 0.1, 1.0, 80.0])
 @pytest.mark.parametrize("shape", [(2,), (3, 8, 8)])
 def test_target_is_the_ideal_denoiser(level, shape):
-    """Over the whole finite dataset x* is E[x_0 | x_t], with and without classes; in float32, in chunks."""
+    """Over the whole finite dataset x* is E[x_0 | x_t], with and without classes; in float32, in chunks. With
+    it comes over how many samples it averages."""
     g = torch.Generator().manual_seed(0)
     x, labels = torch.randn(40, *shape, generator=g) / 2, torch.arange(40) % 3
-    x_t = x[:10] + level * torch.randn(10, *shape, generator=g)
+    x_t, t = x[:10] + level * torch.randn(10, *shape, generator=g), full(10, level)
     for y in (None, torch.tensor([0, 1, 2, -1] * 2 + [0, 1])):
-        mean, ours, single = sct.stable_target(x_t, full(10, level), y, Fixed(x, labels).members)
-        assert torch.allclose(mean.double(), brute_force(x_t, full(10, level), y, x, labels), atol=2e-5)
-        assert (ours <= single * 1.001 + 1e-6).all()
+        mean, averaged = fixed(x, labels).denoise(x_t, t, y, x[:10], 0)
+        exact, number = brute_force(x_t, t, y, x, labels)
+        assert torch.allclose(mean.double(), exact, atol=2e-5)
+        assert torch.allclose(averaged.double(), number, rtol=1e-3)
 
 
 def test_weights_vanish_outside_the_class():
@@ -85,41 +86,59 @@ def test_weights_vanish_outside_the_class():
     moved = torch.where(y[:, None] == 1, torch.zeros(20, 2), x)
 
     def target(x, label):
-        members = Fixed(x, y).members
-        return sct.stable_target(torch.zeros(1, 2), full(1, 0.3), torch.tensor([label]), members)[0]
+        return fixed(x, y).denoise(torch.zeros(1, 2), full(1, 0.3), torch.tensor([label]), x[:1], 0)[0]
     assert torch.equal(target(x, 0), target(moved, 0))
     assert not torch.allclose(target(x, -1), target(moved, -1))
 
 
+def test_the_set_holds_the_sample_itself(folder):
+    """The batch, with or without the dataset's points; images have the dataset alone, or of each class the
+    batch's own and class_size others, new ones in each step."""
+    x, y = torch.randn(6, 2), torch.arange(6) % 2
+    for dataset, reference, number in (("gmm", "batch", 3), ("gmm", "dataset", 6), ("fixed", "dataset", 3)):
+        cfg = config(dataset=dataset, reference=reference)
+        found = torch.cat(list(sct.ReferenceSet(Fixed(x, y), cfg).members(1, (x, y), 0)))
+        assert len(found) == number and torch.equal(found[:3], x[y == 1])
+    cfg = config(dataset="folder", data=str(folder), reference="dataset", class_size=5, conditional=True)
+    data = kit.dataset(cfg)
+    x0, labels = data.batch(draw(4))
+    sets = [torch.cat(list(sct.ReferenceSet(data, cfg).members(1, (x0, labels), step))) for step in range(9)]
+    own = x0[labels == 1]
+    assert all(len(v) == len(own) + 5 and torch.equal(v[:len(own)], own) for v in sets)
+    assert any(not torch.equal(v, sets[0]) for v in sets)
+    known = {row.numpy().tobytes() for row in torch.cat(list(data.members(1, "cpu")))}
+    assert all(row.numpy().tobytes() in known for row in torch.cat(sets))
+
+
 def test_alone_in_the_class():
-    """Anchors without company in their class: the target is x_0 itself, and the logged ratio is one."""
+    """Anchors without company in their class: the target is x_0 itself, and the average goes over one."""
     x, y = torch.randn(4, 2), torch.arange(4)
-    cfg = config(dataset="fixed", reference="batch")
-    net = common.build(dict(shape=(2,), classes=4, channels=16, blocks=1, head=False))
-    losses = [loss(net, net, Fixed(x, y), x, y, 3000, cfg, draw(4)) for loss in (sct.ect, sct.sct)]
+    teacher = fixed(x, y, "batch")
+    net = kit.networks.build(dict(shape=(2,), classes=4, channels=16, blocks=1, head=False))
+    losses = [loss(net, net, teacher, x, y, 3000, teacher.cfg, draw(4)) for loss in (sct.ect, sct.sct)]
     assert losses[0][0].item() == pytest.approx(losses[1][0].item(), rel=1e-3)
-    assert losses[1][1]["variance"] == 1
+    assert losses[1][1]["averaged"] == 1
 
 
 def test_one_element_reference_is_ect():
     """The same loss and gradient when the reference set is the anchor alone."""
-    cfg, x0 = config(reference="batch", dataset="fixed"), torch.randn(1, 2)
-    net = common.build(dict(shape=(2,), channels=16, blocks=1, head=False))
+    x0 = torch.randn(1, 2)
+    teacher = fixed(x0, reference="batch")
+    net = kit.networks.build(dict(shape=(2,), channels=16, blocks=1, head=False))
     gradients = []
     for loss in (sct.ect, sct.sct):
-        value, info = loss(net, net, Fixed(x0), x0, None, 9000, cfg, draw(1))
-        grads = torch.autograd.grad(value, net.parameters(), allow_unused=True)
-        gradients.append(torch.cat([value.view(1), *(g.flatten() for g in grads if g is not None)]))
+        value, _ = loss(net, net, teacher, x0, None, 9000, teacher.cfg, draw(1))
+        gradients.append(torch.cat([value.view(1), gradient(value, net)]))
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4)
 
 
-def test_variance_falls_with_the_reference(ring):
-    """E||x* - E[x_0 | x_t]||^2 over the one-sample target's, for the ring, whose posterior mean is known; and
-    the estimate that goes into the log agrees with it."""
+def test_error_falls_with_the_reference(ring):
+    """E||x* - E[x_0 | x_t]||^2 for the ring, whose posterior mean is known, over the same of one sample: it
+    falls as the reference grows, and the number of samples that are averaged rises."""
     _, data, _ = ring
-    measured, logged = [], []
+    measured, inverse = [], []
     for n in (1, 16, 128, 1024):
-        errors = torch.zeros(3, dtype=torch.float64)
+        errors, parts = torch.zeros(2, dtype=torch.float64), []
         for step in range(30):
             x0, _ = data.batch(common.Draw(0, step, 0, 1024))
             gen, x0, t = common.Draw(1, step, 0, 64), x0.double(), full(64, 0.5)
@@ -129,13 +148,14 @@ def test_variance_falls_with_the_reference(ring):
             exact = angle.cos()[:, None] * x - angle.sin()[:, None] * sigma * data(x / sigma, angle)
             for i in range(64):  # the anchor and n - 1 others
                 chunk = torch.cat([x0[i:i + 1], x0[64:63 + n]])
-                mean, ours, _ = sct.posterior(x_t[i:i + 1], t[:1], [chunk])
-                square = [(v - exact[i]).square().sum() for v in (mean, x0[i])]
-                errors += torch.stack([*square, ours.sum()])
+                mean, averaged = sct.posterior_mean(x_t[i:i + 1], t[:1], [chunk])
+                assert 1 - 1e-9 <= averaged <= n + 1e-9
+                errors += torch.stack([(v - exact[i]).square().sum() for v in (mean, x0[i])])
+                parts.append(1 / averaged.item())
         measured.append((errors[0] / errors[1]).item())
-        logged.append((errors[2] / errors[1]).item())
-    assert measured[0] == 1 and all(b < 0.4 * a for a, b in zip(measured, measured[1:])), measured
-    assert logged[2:] == pytest.approx(measured[2:], rel=0.3)
+        inverse.append(sum(parts) / len(parts))
+    assert measured[0] == inverse[0] == 1, (measured, inverse)
+    assert all(b < 0.4 * a for v in (measured, inverse) for a, b in zip(v, v[1:])), (measured, inverse)
 
 
 def test_schedule_is_ects():
@@ -169,10 +189,9 @@ def test_pairs_never_close():
     cfg = config(shrink=2.0, stage_steps=10, first_stage=1, widening=8.0, widening_rate=1.0)
     n = 1 + 8 / (1 + math.exp(3.0))
     assert sct.earlier(full(1, 3.0), full(1, 1.0), 20, cfg).item() == pytest.approx((1 - n / 8) * 2 + 1)
-    t, datasets = full(1, 0.5), [key for key in sct.PRESETS if isinstance(key, str)]
+    t, datasets = full(1, 0.5), [key for key in sct.PRESETS if " " not in key]
     for dataset, mode in itertools.product(datasets, ("ect", "sct")):
-        words = ["--dataset", dataset, "--mode", mode]
-        cfg = common.parse_args(sct.Config, sct.PRESETS, sct.LOSSES, words)
+        cfg = parsed("--dataset", dataset, "--mode", mode, script=sct)
         for step in (10 * cfg.steps, 10**9):
             assert sct.earlier(t, 0 * t, step, cfg).float() < t.float() * (1 - 1e-4)
 
@@ -186,7 +205,7 @@ def test_s_at_the_edge_is_the_point_itself(nets):
     t, zero = torch.tensor([1e-3, 0.1, 1.0, 200.0]).double(), full(4, 0.0)
     loss, info = sct.consistency(net, net, x, t, x / 2, zero, None, cfg, draw(4), zero)
     error = (sct.f(net, x, t, None, cfg) - x / 2).square().sum(1)
-    expected = (((error + cfg.huber**2).sqrt() - cfg.huber) / (t + cfg.delta)).mean()
+    expected = (((error + cfg.huber_c**2).sqrt() - cfg.huber_c) / (t + cfg.delta)).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9) and info["gap"] == 1
 
 
@@ -216,9 +235,9 @@ def test_phases_sample_the_exact_ode(phases):
     assert torch.allclose(x, exact.point(noise * 160, full(100, 80.0), full(100, 0.0)), atol=1e-9)
 
 
-def test_edge_skipping():
+def test_edge_skipping(capsys):
     """eta = 1 is plain; eta moves the stops between the first and the last, and only those (Eq. 20)."""
-    net, noise = common.build(dict(shape=(2,), channels=16, blocks=1)), torch.randn(8, 2)
+    net, noise = kit.networks.build(dict(shape=(2,), channels=16, blocks=1)), torch.randn(8, 2)
     seen = []
 
     def spy(x, t, y):
@@ -229,8 +248,7 @@ def test_edge_skipping():
         sct.sample(spy, noise, None, 3, cfg, draw(8))
     edges = sct.edges(cfg).flip(0).tolist()
     assert seen == pytest.approx([80, *edges[:2], 80, 0.9 * edges[0], 0.9 * edges[1]])
-    with pytest.raises(SystemExit):
-        sct.sample(net, noise, None, 2, cfg, draw(8))
+    assert "--nfe 3" in fails(capsys, sct.sample, net, noise, None, 2, cfg, draw(8))
 
 
 def test_guidance(nets):
@@ -240,7 +258,7 @@ def test_guidance(nets):
     with torch.no_grad():
         for p in weak.parameters():
             p += 0.1
-    net.weak = (weak,)
+    net.extra["weak"] = weak
 
     def f(w, guide, net=net, y=y):
         cfg = config(guidance=w, guide=guide, conditional=True)
@@ -255,7 +273,7 @@ def test_ects_shift(nets):
     """Shift 0 is today's sampler; 0.003 is ECMPrecond's in eval mode: c_skip and c_out of sigma - 0.003, with
     c_out's denominator and c_in of sigma. Training knows no shift."""
     net, noise = nets(head=False)[0], torch.randn(6, 2).double()
-    assert config().sigma_shift == 0 and sct.PRESETS["cifar10", "ect"]["sigma_shift"] == 0.003
+    assert config().sigma_shift == 0 and sct.PRESETS["cifar10 --mode ect"]["sigma_shift"] == 0.003
     plain, x = (sct.sample(net, noise, None, 1, config(sigma_shift=s), draw(6)) for s in (0.0, 0.003))
     x_t, sigma = 160 * noise, torch.full((6, 1), 80.0).double()
     F = -net(x_t / (sigma**2 + 0.25).sqrt(), torch.atan(sigma[:, 0] / 0.5), None)
@@ -274,8 +292,9 @@ def test_past_self_is_the_average_at_half(train, capsys):
     short = ["--ema_sigma_rel", 0, "--stage_steps", 2]            # an EMA that does not depend on --steps
     half = train(*TOY, *short, "--steps", 3, "--out", "half", script=sct)
     whole = train(*TOY, *short, "--steps", 6, "--out", "whole", script=sct)
-    assert all(torch.equal(half["ema"][k], whole["weak"][k]) for k in half["ema"])
-    assert any(not torch.equal(whole["ema"][k], whole["weak"][k]) for k in half["ema"])
+    names = [name for name in half["ema"] if not name.startswith("extra.")]
+    assert all(torch.equal(half["ema"][name], whole["ema"][f"extra.weak.{name}"]) for name in names)
+    assert any(not torch.equal(half["ema"][name], whole["ema"][name]) for name in names)
     images = [Path(f"whole/{w}.npz") for w in ("1.0", "1.5")]
     for path in images:
         sct.main(["--sample", "8", "--out", "whole", "--guidance", path.stem, "--save", str(path)])
@@ -283,6 +302,12 @@ def test_past_self_is_the_average_at_half(train, capsys):
     for flags in (["--phases", "4", "--nfe", "4"], ["--conditional", "--label_dropout", "0.1"]):
         line = one_line(capsys, sct.main, "--sample", 8, "--out", "whole", *flags)
         assert "was trained with" in line
+
+
+def test_a_run_with_guidance_draws_before_half(train):
+    """Pictures while training do not need the weaker self, which is not there before half of training."""
+    train(*TOY, "--steps", 4, "--sample_every", 1, "--guidance", 1.2, "--out", "run", script=sct)
+    assert len(list(Path("run").glob("samples-*.png"))) == 4
 
 
 def test_batch_reference_ignores_micro_batches(train):

@@ -1,407 +1,18 @@
-"""Foreign teachers: snapshots in the published layout, read without their code, give their denoiser."""
+"""kit/teachers.py: networks of diffusers and runs of ours as teachers, and what a student takes over."""
 import cm
 import common
+import kit
 import scm
-import sct
+from conftest import ROOT, one_line
 
 import math
-import pickle
+import os
 import re
-import sys
-import types
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
-import torch.nn.functional as tnf
-
-
-# ---- EDM2's network, from the paper's formulas (Karras et al. 2024, App. A and B), with its own names
-def normalize(x, dims):
-    norm = x.square().sum(dims, keepdim=True).sqrt()
-    return x / (1e-4 + norm * math.sqrt(norm.numel() / x.numel()))
-
-
-def mp_sum(a, b, t):
-    return ((1 - t) * a + t * b) / math.sqrt((1 - t) ** 2 + t**2)
-
-
-def mp_silu(x):
-    return tnf.silu(x) / 0.596
-
-
-class Conv(torch.nn.Module):
-    def __init__(self, cin, cout, *kernel):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(cout, cin, *kernel))
-
-    def forward(self, x, gain=1):
-        w = normalize(self.weight, list(range(1, self.weight.ndim)))
-        w = w * gain / math.sqrt(self.weight[0].numel())
-        return x @ w.t() if w.ndim == 2 else tnf.conv2d(x, w, padding=w.shape[-1] // 2)
-
-
-class Fourier(torch.nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
-
-    def forward(self, x):
-        return math.sqrt(2) * torch.cos(x[:, None] * self.freqs + self.phases)
-
-
-class Block(torch.nn.Module):
-    def __init__(self, cin, cout, emb, flavor, resample="keep", attention=False):
-        super().__init__()
-        self.flavor, self.resample, self.heads = flavor, resample, max(cout // 64, 1)
-        self.emb_gain = torch.nn.Parameter(torch.tensor(0.7))
-        self.conv_res0 = Conv(cout if flavor == "enc" else cin, cout, 3, 3)
-        self.emb_linear = Conv(emb, cout)
-        self.conv_res1 = Conv(cout, cout, 3, 3)
-        self.conv_skip = Conv(cin, cout, 1, 1) if cin != cout else None
-        self.attn_qkv = Conv(cout, 3 * cout, 1, 1) if attention else None
-        self.attn_proj = Conv(cout, cout, 1, 1) if attention else None
-
-    def forward(self, x, emb):
-        x = tnf.avg_pool2d(x, 2) if self.resample == "down" else x
-        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3) if self.resample == "up" else x
-        if self.flavor == "enc":
-            x = normalize(self.conv_skip(x) if self.conv_skip else x, 1)
-        y = self.conv_res0(mp_silu(x))
-        y = mp_silu(y * (self.emb_linear(emb, self.emb_gain) + 1)[:, :, None, None])
-        y = self.conv_res1(y)
-        if self.flavor == "dec" and self.conv_skip:
-            x = self.conv_skip(x)
-        x = mp_sum(x, y, 0.3)
-        if self.attn_qkv:
-            y = self.attn_qkv(x).reshape(len(x), self.heads, -1, 3, x.shape[2] * x.shape[3])
-            q, k, v = normalize(y, 2).unbind(3)
-            w = torch.einsum("nhcq,nhck->nhqk", q, k / math.sqrt(q.shape[2])).softmax(3)
-            x = mp_sum(x, self.attn_proj(torch.einsum("nhqk,nhck->nhcq", w, v).reshape(x.shape)), 0.3)
-        return x.clamp(-256, 256)
-
-
-class UNet(torch.nn.Module):
-    def __init__(self, res, channels, label_dim, model_channels, channel_mult, num_blocks, attn):
-        super().__init__()
-        widths, emb = [model_channels * m for m in channel_mult], model_channels * max(channel_mult)
-        self.label_dim = label_dim
-        self.out_gain = torch.nn.Parameter(torch.tensor(0.9))
-        self.emb_fourier, self.emb_noise = Fourier(widths[0]), Conv(widths[0], emb)
-        self.emb_label = Conv(label_dim, emb) if label_dim else None
-        self.enc, cout, skips = torch.nn.ModuleDict(), channels + 1, []
-        for level, width in enumerate(widths):
-            r = res >> level
-            if level == 0:
-                self.enc[f"{r}x{r}_conv"] = Conv(cout, width, 3, 3)
-                cout = width
-            else:
-                self.enc[f"{r}x{r}_down"] = Block(cout, cout, emb, "enc", "down")
-            skips.append(cout)
-            for i in range(num_blocks):
-                self.enc[f"{r}x{r}_block{i}"] = Block(cout, width, emb, "enc", attention=r in attn)
-                cout = width
-                skips.append(cout)
-        self.dec = torch.nn.ModuleDict()
-        for level, width in reversed(list(enumerate(widths))):
-            r = res >> level
-            if level == len(widths) - 1:
-                self.dec[f"{r}x{r}_in0"] = Block(cout, cout, emb, "dec", attention=True)
-                self.dec[f"{r}x{r}_in1"] = Block(cout, cout, emb, "dec")
-            else:
-                self.dec[f"{r}x{r}_up"] = Block(cout, cout, emb, "dec", "up")
-            for i in range(num_blocks + 1):
-                cin = cout + skips.pop()
-                self.dec[f"{r}x{r}_block{i}"] = Block(cin, width, emb, "dec", attention=r in attn)
-                cout = width
-        self.out_conv = Conv(cout, channels, 3, 3)
-
-    def forward(self, x, c_noise, labels):
-        emb = self.emb_noise(self.emb_fourier(c_noise))
-        if self.emb_label:
-            emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), 0.5)
-        emb = mp_silu(emb)
-        x, skips = torch.cat([x, torch.ones_like(x[:, :1])], 1), []
-        for name, block in self.enc.items():
-            x = block(x) if "conv" in name else block(x, emb)
-            skips.append(x)
-        for name, block in self.dec.items():
-            if "block" in name:
-                y = skips.pop()
-                na, nb = x.shape[1], y.shape[1]
-                scale = math.sqrt((na + nb) / 0.5)
-                x = torch.cat([x * scale * 0.5 / math.sqrt(na), y * scale * 0.5 / math.sqrt(nb)], 1)
-            x = block(x, emb)
-        return self.out_conv(x, self.out_gain)
-
-
-class Precond(torch.nn.Module):
-    def __init__(self, img_resolution, img_channels, label_dim, sigma_data=0.5, **kw):
-        super().__init__()
-        self._init_args = ()
-        self._init_kwargs = kw | dict(img_resolution=img_resolution, img_channels=img_channels,
-                                      label_dim=label_dim)
-        self.sigma_data = sigma_data
-        self.unet = UNet(img_resolution, img_channels, label_dim, kw["model_channels"], kw["channel_mult"],
-                         kw["num_blocks"], kw["attn_resolutions"])
-        self.logvar_fourier, self.logvar_linear = Fourier(128), Conv(128, 1)
-
-    def forward(self, x, sigma, labels):
-        s, sd = sigma[:, None, None, None], self.sigma_data
-        F = self.unet(x / (sd**2 + s**2).sqrt(), sigma.log() / 4, labels)
-        return sd**2 / (s**2 + sd**2) * x + s * sd / (s**2 + sd**2).sqrt() * F
-
-
-# ---- EDM's DDPM++ (Song et al. 2021; EDM, App. F): formulas written out, parameters by EDM's names
-def ddpmpp_block(P, x, emb, resample=""):
-    def conv(name, x):
-        weight = P[name + ".weight"]
-        return tnf.conv2d(x, weight, P[name + ".bias"], padding=weight.shape[-1] // 2)
-
-    def norm(name, x):
-        b, c, h, w = x.shape
-        x = x.reshape(b, min(32, c // 4), -1)
-        x = (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True, unbiased=False) + 1e-6).sqrt()
-        x = x.reshape(b, c, h, w)
-        return x * P[name + ".weight"].view(-1, 1, 1) + P[name + ".bias"].view(-1, 1, 1)
-
-    def scale(x):
-        b, c, h, w = x.shape
-        if resample == "down":
-            return x.reshape(b, c, h // 2, 2, w // 2, 2).mean((3, 5))
-        return x.repeat_interleave(2, 2).repeat_interleave(2, 3) if resample == "up" else x
-    y = conv("conv0", scale(tnf.silu(norm("norm0", x))))
-    y = y + (emb @ P["affine.weight"].T + P["affine.bias"])[:, :, None, None]
-    y = conv("conv1", tnf.silu(norm("norm1", y)))
-    x = (y + (conv("skip", scale(x)) if "skip.weight" in P else x)) / math.sqrt(2)
-    if "qkv.weight" in P:
-        q, k, v = conv("qkv", norm("norm2", x)).reshape(len(x), x.shape[1], 3, -1).unbind(2)
-        w = torch.einsum("ncq,nck->nqk", q, k / math.sqrt(x.shape[1])).softmax(2)
-        x = (x + conv("proj", torch.einsum("nqk,nck->ncq", w, v).reshape(x.shape))) / math.sqrt(2)
-    return x
-
-
-def ddpmpp_denoiser(P, x, sigma, onehot, sd=0.5):
-    """D(x; sigma) from a flat dict of EDM's names, in the order of its enc and dec."""
-    s = sigma[:, None, None, None]
-    freqs = (1 / 10000) ** (torch.arange(8).double() / 7)
-    angle = (sigma.log() / 4)[:, None] * freqs
-    emb = torch.cat([angle.sin(), angle.cos()], 1)
-    emb = emb + (onehot * 2) @ P["map_label.weight"].T + P["map_label.bias"]
-    for layer in ("map_layer0", "map_layer1"):
-        emb = tnf.silu(emb @ P[layer + ".weight"].T + P[layer + ".bias"])
-    blocks = {}
-    for name, value in P.items():
-        if name[:4] in ("enc.", "dec."):
-            part, block, rest = name.split(".", 2)
-            blocks.setdefault((part, block), {})[rest] = value
-    h, skips = x / (s**2 + sd**2).sqrt(), []
-    for (part, name), own in blocks.items():
-        if "aux" in name:
-            continue
-        if name.endswith("conv"):
-            h = tnf.conv2d(h, own["weight"], own["bias"], padding=1)
-        else:
-            h = torch.cat([h, skips.pop()], 1) if part == "dec" and "block" in name else h
-            h = ddpmpp_block(own, h, emb, {"down": "down", "up": "up"}.get(name.split("_")[1], ""))
-        if part == "enc":
-            skips.append(h)
-    g, c = blocks["dec", "8x8_aux_norm"], blocks["dec", "8x8_aux_conv"]
-    h = tnf.group_norm(h, min(32, h.shape[1] // 4), g["weight"], g["bias"], 1e-6)
-    F = tnf.conv2d(tnf.silu(h), c["weight"], c["bias"], padding=1)
-    return sd**2 / (s**2 + sd**2) * x + s * sd / (s**2 + sd**2).sqrt() * F
-
-
-def alarm(meta):
-    raise AssertionError("code from the snapshot was called")
-
-
-def snapshot(net, path, extra=None):
-    """The layout of EDM2's files: every object of its own classes goes through torch_utils.persistence."""
-    persistence, util = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
-    alarm.__module__, alarm.__qualname__ = "torch_utils.persistence", "_reconstruct_persistent_obj"
-    persistence._reconstruct_persistent_obj = alarm
-    util.EasyDict = type("EasyDict", (dict,), dict(__module__="dnnlib.util"))
-
-    class Pickler(pickle.Pickler):
-        def reducer_override(self, obj):
-            if type(obj).__module__ != __name__:
-                return NotImplemented
-            meta = util.EasyDict(type="class", version=6, module_src="raise SystemError",
-                                 class_name=type(obj).__name__, state=obj.__dict__)
-            return alarm, (meta,)
-    fakes = {"torch_utils": types.ModuleType("torch_utils"), "torch_utils.persistence": persistence,
-             "dnnlib": types.ModuleType("dnnlib"), "dnnlib.util": util}
-    sys.modules.update(fakes)
-    try:
-        with open(path, "wb") as file:
-            Pickler(file).dump(util.EasyDict(dict(ema=net) | (extra or {})))
-    finally:
-        for name in fakes:
-            del sys.modules[name]
-
-
-def denoiser(net, x, sigma, y):
-    """D(x; sigma) from F in TrigFlow's coordinates (common.py)."""
-    t = torch.atan(sigma / 0.5)
-    cos, sin = (v[:, None, None, None] for v in (t.cos(), t.sin()))
-    return cos * (cos * x) - sin * 0.5 * net(cos * x / 0.5, t, y)
-
-
-SMALL = dict(img_resolution=8, img_channels=3, label_dim=4, model_channels=16, channel_mult=[1, 2],
-             num_blocks=2, attn_resolutions=[4])
-
-
-@pytest.fixture
-def edm2():
-    """A small network of EDM2's layout, and the folder's snapshot of it."""
-    torch.manual_seed(0)
-    net = Precond(**SMALL)
-    snapshot(net, "edm2-tiny.pkl", dict(dataset_kwargs=dict(class_name="training.dataset")))
-    return net
-
-
-def test_edm2s_snapshot_is_the_same_denoiser(edm2):
-    """D(x; sigma) over EDM's noise levels, with and without labels, to float tolerance; in half, too."""
-    net = common.load_net("edm2-tiny.pkl").double()
-    sigma = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0]).double()
-    x = sigma[:, None, None, None] * torch.randn(5, 3, 8, 8).double() + 0.5 * torch.randn(5, 3, 8, 8).double()
-    y = torch.tensor([0, 1, 2, 3, 0])
-    with torch.no_grad():
-        expected = edm2.double()(x, sigma, tnf.one_hot(y, 4).double())
-        assert torch.allclose(denoiser(net, x, sigma, y), expected, atol=1e-6, rtol=1e-6)
-        no_label = edm2(x, sigma, torch.zeros(5, 4).double())
-        assert torch.allclose(denoiser(net, x, sigma, None), no_label, atol=1e-6, rtol=1e-6)
-    snapshot(edm2.half(), "half.pkl")
-    rounded = common.load_net("half.pkl").double()
-    assert (denoiser(rounded, x, sigma, y) - expected).abs().max() < 0.05 * expected.abs().max()
-
-
-class EDMPrecond(torch.nn.Module):
-    """Only the tree of EDM's parameters: it holds `model`, whose blocks have EDM's names and sizes."""
-
-
-class ECMPrecond(EDMPrecond):
-    """The same by ECT's code."""
-
-
-class ECMLoss:
-    """As in ECT's snapshots: a plain object, which holds a method of its own."""
-    __module__ = "training.loss"
-
-    def __init__(self):
-        self.t_to_r = self.sigmoid
-
-    def sigmoid(self, t):
-        return t
-
-
-def ddpmpp_tree(kind):
-    """A small DDPM++ of a kind of preconditioning, with random weights, and these by their names."""
-    ours = common.build(dict(arch="ddpmpp", shape=(3, 8, 8), classes=4, channels=16, channel_mult=(1, 2),
-                             blocks=2, attention=(4,), double_norm=False, head=False))
-    top, P = kind(), {}
-    top._init_kwargs = dict(img_resolution=8, img_channels=3, label_dim=4, model_type="SongUNet",
-                            model_channels=16, channel_mult=[1, 2], num_blocks=2, attn_resolutions=[4],
-                            augment_dim=9)
-    for name, value in ours.state_dict().items():
-        name = name.replace("embedding.", "").replace("out_", "dec.8x8_aux_")
-        P[name] = 0.2 * torch.randn(value.shape) + ("norm" in name)
-    P |= {"map_augment.weight": torch.randn(16, 9), "dec.8x8_up.skip.resample_filter": torch.ones(1, 1, 2, 2)}
-    for name, value in P.items():
-        node = top
-        for part in ["model", *name.split(".")[:-1]]:
-            if part not in node._modules:
-                node.add_module(part, EDMPrecond())
-            node = node._modules[part]
-        node.register_parameter(name.split(".")[-1], torch.nn.Parameter(value))
-    return top, P
-
-
-def test_ects_snapshot_is_a_consistency_model(monkeypatch):
-    """As ECT writes it: ECMPrecond, and a loss_fn that names functions, which are never called. It tunes, and
-    it samples with ECT's shift."""
-    torch.manual_seed(0)
-    top, P = ddpmpp_tree(ECMPrecond)
-    monkeypatch.setitem(sys.modules, "training", types.ModuleType("training"))
-    monkeypatch.setitem(sys.modules, "training.loss", types.SimpleNamespace(ECMLoss=ECMLoss))
-    snapshot(top, "ecm.pkl", dict(loss_fn=ECMLoss(), augment_pipe=None))
-    monkeypatch.delitem(sys.modules, "training.loss")
-    raw = Path("ecm.pkl").read_bytes()
-    assert b"getattr" in raw and b"ECMLoss" in raw
-    net, z = common.load_net("ecm.pkl").double(), torch.randn(2, 3, 8, 8)
-    cfg = common.parse_args(sct.Config, sct.PRESETS, sct.LOSSES, ["--sample", "2", "--out", "ecm.pkl"])
-    assert cfg.sigma_shift == 0.003 and cfg.mode == "ect" and cfg.conditional
-    y = torch.tensor([1, 3])
-    with torch.no_grad():
-        x, sigma = sct.sample(net, 0.5 * z.double(), y, 1, cfg, None), torch.full((2,), 80.0).double()
-        D = ddpmpp_denoiser({k: v.double() for k, v in P.items()}, 80 * z.double(), sigma,
-                            tnf.one_hot(y, 4).double())
-    assert torch.allclose(x, D, atol=1e-3) and not torch.allclose(x, D, atol=1e-7)  # but for the shift
-    sct.main(["--sample", "2", "--nfe", "2", "--out", "ecm.pkl", "--save", "x.png"])
-    assert Path("x.png").exists()
-
-
-
-def test_edms_ddpmpp_snapshot_is_the_same_denoiser(train, folder):
-    """EDM's CIFAR-10 networks as published, to float tolerance; and it starts and teaches a student."""
-    torch.manual_seed(0)
-    top, P = ddpmpp_tree(EDMPrecond)
-    snapshot(top, "edm.pkl")
-    net, sigma = common.load_net("edm.pkl").double(), torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0]).double()
-    x = (sigma + 0.5)[:, None, None, None] * torch.randn(5, 3, 8, 8).double()
-    y = torch.tensor([0, 1, 2, 3, -1])
-    onehot = tnf.one_hot(y.clamp(min=0), 4).double() * (y >= 0)[:, None]
-    with torch.no_grad():
-        expected = ddpmpp_denoiser({k: v.double() for k, v in P.items()}, x, sigma, onehot)
-        assert torch.allclose(denoiser(net, x, sigma, y), expected, atol=1e-6, rtol=1e-6)
-    (folder / "d").mkdir()
-    (folder / "a" / "0.png").rename(folder / "d" / "0.png")
-    for mode, dtype in (("scd", "fp32"), ("sct", "bf16")):
-        ckpt = train("--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 2, "--mode", mode,
-                     "--teacher", "edm.pkl", "--dropout", 0.1, "--dtype", dtype, "--out", mode)
-        assert ckpt["options"]["arch"] == "ddpmpp" and ckpt["options"]["channel_mult"] == (1, 2)
-
-
-def test_edm2s_snapshot_teaches(edm2, train, folder):
-    """As --teacher it hands on its architecture; as --init, what has another form in TrigFlow starts anew."""
-    flags = ["--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 2, "--label_dropout", 0]
-    with pytest.raises(SystemExit):  # the pictures have three classes, the network four
-        train(*flags, "--mode", "scd", "--teacher", "edm2-tiny.pkl")
-    (folder / "d").mkdir()
-    (folder / "a" / "0.png").rename(folder / "d" / "0.png")
-    student = train(*flags, "--mode", "scd", "--teacher", "edm2-tiny.pkl", "--out", "student")
-    assert student["options"]["emb"] == "fourier" and student["options"]["channels"] == 16
-    tuned = train(*flags, "--mode", "diffusion", "--init", "edm2-tiny.pkl", "--emb", "positional",
-                  "--c_noise", "t", "--double_norm", "true", "--norm_shift", "false", "--lr", "0",
-                  "--out", "tuned")
-    name = "enc.8x8_block0.conv_res0.weight"
-    kept = common.pnorm(common.read_edm("edm2-tiny.pkl")["net"][name], (1, 2, 3))
-    assert torch.allclose(tuned["net"][name], kept, atol=1e-3)
-    train(*flags, "--mode", "scd", "--teacher", "tuned", "--out", "scd")
-
-
-def test_foreign_pickles_are_refused_in_one_line(capsys):
-    """No snapshot, or an unknown network."""
-    for value in (dict(a=1), dict(ema=torch.nn.Linear(2, 2)), [1, 2]):  # other kinds: below
-        with open("x.pkl", "wb") as file:
-            pickle.dump(value, file)
-        with pytest.raises(SystemExit):
-            common.load_net("x.pkl")
-        assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    odd = Precond(**SMALL)
-    odd._init_kwargs["res_balance"] = 0.4
-    snapshot(odd, "odd.pkl")
-    with pytest.raises(SystemExit):
-        common.load_net("odd.pkl")
-    assert "res_balance 0.4" in capsys.readouterr().err
-    Path("x.pkl").write_bytes(b"\x80\x04 nothing")
-    with pytest.raises(SystemExit):
-        scm.main(["--mode", "scd", "--teacher", "x.pkl"])
-    assert "cannot read x.pkl" in capsys.readouterr().err
-
 
 UNET = dict(sample_size=8, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8,
             down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2)
@@ -422,10 +33,10 @@ def test_diffusers_unet_predicts_its_noise(train, folder):
     noise = (1 - abar).sqrt()[:, None, None, None] * eps
     x_0 = (z - noise) / abar.sqrt()[:, None, None, None]  # without clipping
     x_t, t = common.to_trigflow(z.double(), abar.sqrt(), (1 - abar).sqrt(), 0.5)
-    F = common.Diffusers("ddpm", 0.5)(x_t / 0.5, t)
+    F = kit.teachers.Diffusers("ddpm", 0.5)(x_t / 0.5, t)
     cos, sin = t.cos()[:, None, None, None], t.sin()[:, None, None, None]
     assert torch.allclose(F, (cos * 0.5 * eps - sin * x_0) / 0.5, atol=1e-3)
-    assert common.Diffusers("ddpm", 0.5)(x_t, torch.full((4,), math.pi / 2).double()).isfinite().all()
+    assert kit.teachers.Diffusers("ddpm", 0.5)(x_t, torch.full((4,), math.pi / 2).double()).isfinite().all()
     ckpt = train("--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 1, "--channels", 8,
                  "--teacher", "ddpm", "--out", "cd", script=cm)
     assert ckpt["step"] == 1
@@ -442,7 +53,7 @@ def test_other_diffusers_unets_are_refused_in_one_line(options, lost, word, caps
         Path("other", lost).unlink()
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        common.Diffusers("other", 0.5)
+        kit.teachers.Diffusers("other", 0.5)
     assert word in capsys.readouterr().err.strip().splitlines()[-1]
 
 
@@ -456,10 +67,10 @@ def test_the_readmes_dit_teaches():
     net.save_pretrained("dit/transformer")
     scheduler = diffusers.DDPMScheduler(1000)
     scheduler.save_pretrained("dit/scheduler")
-    readme = (Path(common.__file__).parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     code, = re.findall(r"^```python\n(class DiT.*?)^```", readme, re.M | re.S)
     assert code.count("\n") <= 15
-    names = dict(common=common, torch=torch)
+    names = dict(common=common, kit=kit, torch=torch)
     exec(code, names)  # our own README
     teacher = names["DiT"]("dit")
     step, y, z = torch.tensor([0, 400, 999]), torch.tensor([3, -1, 9]), torch.randn(3, 4, 8, 8)
@@ -470,6 +81,46 @@ def test_the_readmes_dit_teaches():
         F = teacher(z.double(), torch.atan(((1 - abar) / abar).sqrt()).flatten(), y)
     assert torch.allclose(F, abar.sqrt() * eps - (1 - abar).sqrt() * x_0, atol=1e-3, rtol=1e-3)
     cfg = scm.Config(sigma_d=1.0, warmup=0)
-    student = common.build(dict(shape=(4, 8, 8), classes=10, channels=8, blocks=1, attention=(), sigma_d=1.0))
+    student = kit.networks.build(dict(shape=(4, 8, 8), classes=10, channels=8, blocks=1, attention=(),
+                                      sigma_d=1.0))
     loss, _ = scm.scd(student, student, teacher, z, y, 0, cfg, common.Draw(0, 0, 0, 3))
     assert loss.isfinite()
+
+
+def test_student_starts_from_the_teachers_average(train, folder):
+    """--teacher RUN gives the student the teacher's architecture and EMA, but a fresh weighting head."""
+    words = ["--dataset", "folder", "--data", str(folder), "--batch", "8", "--steps", "1"]
+    small = ["--channels", 8, "--blocks", 1, "--seed", 1]
+    ema = train(*words, *small, "--mode", "diffusion", "--out", "teacher")["ema"]
+    cfg = kit.parse_args(scm.Config, scm.PRESETS, scm.LOSSES, [*words, "--teacher", "teacher"])
+    assert cfg.channels == 8 and cfg.blocks == 1
+    net = kit.network(cfg, kit.dataset(cfg))
+    state, fresh = net.state_dict(), kit.networks.build(net.options, cfg.seed).state_dict()
+    assert all(torch.equal(state[k], ema[k]) for k in state if not k.startswith("head."))
+    assert all(torch.equal(state[k], fresh[k]) for k in state if k.startswith("head."))
+    assert not torch.equal(fresh["head.linear.weight"], ema["head.linear.weight"])
+
+
+def test_a_checkpoint_of_another_version_is_named_as_such(train, capsys):
+    """Weights of other names or sizes, as teacher, to sample from, and to resume."""
+    ckpt = train("--channels", 16, "--blocks", 1, "--batch", 128, "--steps", 1, "--out", "run")
+
+    def old(state):
+        return {"cond." + name: value for name, value in state.items()}
+    for change in (dict(ema=old(ckpt["ema"])), dict(options=ckpt["options"] | dict(blocks=3))):
+        torch.save(ckpt | change, "run/ckpt.pt")
+        for words in (["--sample", 4, "--out", "run"], ["--teacher", "run", "--out", "x"]):
+            assert "another version" in one_line(capsys, scm.main, *words)
+    torch.save(ckpt | dict(net=old(ckpt["net"])), "run/ckpt.pt")
+    assert "cannot be resumed" in one_line(capsys, scm.main, "--resume", "--out", "run")
+
+
+def test_loading_a_checkpoint_never_runs_code(capsys):
+    """A pickle that would call a function is refused, and the function is not called."""
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("owned",)
+    Path("run").mkdir()
+    torch.save(dict(script="scm", config={}, options={}, net=Evil(), ema={}), "run/ckpt.pt")
+    assert "no checkpoint" in one_line(capsys, scm.main, "--sample", 4, "--out", "run")
+    assert not Path("owned").exists()

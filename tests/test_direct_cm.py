@@ -1,26 +1,21 @@
-"""direct_cm.py: SDXL's schedule, solvers, hops, and the boundary."""
-import common
+"""direct_cm.py: SDXL's schedule, solvers, hops, the boundary, and the two students."""
+import conftest
 import direct_cm
-from conftest import one_line, preset
+import eval as evaluation
+import kit
+from conftest import draw, one_line, preset, same
 
+import functools
+import json
 import math
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 
-
-def config(**values):
-    return preset(direct_cm, **values)
-
-
-def draw(n=64, step=0):
-    return common.Draw(0, step, 0, n)
-
-
-def toy_net(seed=0, classes=0):
-    return common.build(dict(shape=(2,), classes=classes, channels=32, blocks=2, emb_scale=8.0, c_noise="log",
-                             head=False), seed).double()
+config = functools.partial(preset, direct_cm)
+toy_net = functools.partial(conftest.toy_net, emb_scale=8.0, c_noise="log")
 
 
 def test_schedule_and_ddim_are_diffusers(ring):
@@ -48,7 +43,7 @@ def test_orders_of_convergence(solver, order, ring):
     def solve(n, solver):
         return direct_cm.solve(ring[2], z, t, s, None, config(intervals=n, solver=solver))
     exact = solve(500, "heun")
-    coarse, fine = (common.rms(solve(n, solver), exact) for n in (25, 50))
+    coarse, fine = (kit.metrics.rms(solve(n, solver), exact) for n in (25, 50))
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.35)
 
 
@@ -83,8 +78,10 @@ def test_direct_target_is_a_plain_solve(ring):
 def test_hops_span_cm_and_direct(ring):
     """One hop is CM's loss, N hops Direct CM's; between, s is n steps down."""
     net, x0 = toy_net(), torch.randn(64, 2).double()
+
     def loss(function, **values):
         return function(net, net, ring[2], x0, None, 0, config(intervals=20, **values), draw())[0].item()
+
     assert loss(direct_cm.cm) == loss(direct_cm.cm, hops=1) != loss(direct_cm.direct)
     assert loss(direct_cm.direct) == loss(direct_cm.cm, hops=20) == loss(direct_cm.cm, hops=99)
     t, s = direct_cm.times(draw(), 0, config(intervals=20, hops=5))
@@ -110,38 +107,51 @@ def test_metrics():
 def test_sampling_labels():
     """n = 1: 1000; n = 4: 1000, 750, 500, 250 (the paper's scheduler)."""
     seen, net = [], toy_net()
+
     def spy(x, t, y):
         seen.append(t[0].item())
         return net(x, t, y)
+
     direct_cm.sample(spy, torch.randn(3, 2).double(), None, 4, config(), draw(3))
     alpha, sigma = direct_cm.alpha_sigma(torch.tensor([1000, 750, 500, 250]))
     assert torch.allclose(torch.tensor(seen).double(), torch.atan2(sigma, alpha * config().sigma_d))
 
 
 def test_both_students_share_their_draws(train, capsys):
-    """--mode both: two runs on the same draws, and a table; neither is overwritten by a second call."""
+    """--mode both: each of two runs is the run of its mode alone, and a line says how to compare them;
+    neither is overwritten by a second call."""
     words = ["--channels", "16", "--blocks", "1", "--batch", "64", "--intervals", "10", "--lr_cooldown", "0"]
-    direct_cm.main([*words, "--loss", "both", "--steps", "2", "--out", "run"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["cm", "direct", "solver, 10 steps"]
-    alone = train(*words, "--mode", "direct", "--steps", 2, "--out", "alone", script=direct_cm)
-    ckpt = common.read_checkpoint("run/direct")
-    assert all(torch.equal(alone["net"][k], ckpt["net"][k]) for k in alone["net"])
-    assert all(0 < float(line.split("|")[2]) < 9 for line in lines[2:4])
+    direct_cm.main([*words, "--mode", "both", "--steps", "2", "--out", "run"])
+    assert "python eval.py run/cm run/direct --reference teacher" in capsys.readouterr().out
+    for mode in ("cm", "direct"):
+        alone = train(*words, "--mode", mode, "--steps", 2, "--out", mode, script=direct_cm)
+        assert same(alone["net"], kit.read_checkpoint(f"run/{mode}")["net"])
     for flags, text in ((["--steps", "2"], "--overwrite"), (["--resume"], "run/direct")):
         assert text in one_line(capsys, direct_cm.main, *words, *flags, "--out", "run")
 
 
-def test_error_of_the_solver_itself_is_zero(train, monkeypatch, capsys):
-    """A student that solves the ODE has E = 0 in the table."""
-    train("--channels", 16, "--blocks", 1, "--batch", 64, "--steps", 1, "--mode", "cm", "--out", "run",
-          script=direct_cm)
-    cfg = config(mode="cm", intervals=10, solver="heun")
-    ring = common.dataset(cfg)
+def test_error_of_the_solver_itself_is_zero(train, monkeypatch):
+    """A student that solves the ODE as the teacher's solver does has E = 0 in the table of eval.py
+    --reference teacher, which gives the teacher a row of its own."""
+    train("--channels", 16, "--blocks", 1, "--batch", 64, "--steps", 1, "--mode", "cm", "--intervals", 10,
+          "--out", "run", script=direct_cm)
+    teacher = kit.dataset(config())
 
     def solution(net, z, t, y, cfg):
-        return direct_cm.solve(ring, z, t, torch.zeros_like(t), y, cfg)
+        return direct_cm.solve(teacher, z, t, torch.zeros_like(t), y, cfg)
     monkeypatch.setattr(direct_cm, "f", solution)
-    direct_cm.compare(cfg, ["run"])
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| run "))
-    assert float(row.split("|")[2]) == 0
+    evaluation.main(["run", "--reference", "teacher", "--nfe", "1", "--samples", "200", "--out", "table"])
+    rows = json.loads(Path("table/eval.json").read_text())
+    assert [row["nfe"] for row in rows] == ["teacher", 1] and rows[1]["ode_error"] < 1e-6
+    assert rows[1]["energy_distance"] == pytest.approx(rows[0]["energy_distance"])
+
+
+def test_solution_is_the_solvers(ring):
+    """What eval.py compares with: from noise at label 1000 by the run's own solver, all N steps, guided."""
+    cfg, y = config(intervals=5, conditional=True, guidance=3.0), torch.arange(8)
+    noise = cfg.sigma_d * torch.randn(8, 2).double()
+    z = noise / cfg.sigma_d
+    for label in range(1000, 0, -200):
+        t = torch.full((8,), label)
+        z = direct_cm.ode_step(ring[2], z, t, t - 200, y, cfg)
+    assert torch.allclose(direct_cm.solution(ring[2], noise, y, cfg), z, atol=1e-12)

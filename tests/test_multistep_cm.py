@@ -1,9 +1,12 @@
 """multistep_cm.py: DDIM, its inverse and aDDIM; Algorithm 1; progressive distillation."""
 import cm
 import common
+import conftest
+import kit
 import multistep_cm as mcm
-from conftest import one_line, preset
+from conftest import draw, full, gradient, one_line, preset
 
+import functools
 import math
 
 import diffusers
@@ -11,27 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-
-def config(**values):
-    return preset(mcm, **values)
-
-
-def draw(n=64, step=0):
-    return common.Draw(0, step, 0, n)
-
-
-def full(n, value):
-    return torch.full((n,), value, dtype=torch.float64)
-
-
-def toy_net(seed=0):
-    options = dict(shape=(2,), channels=32, blocks=2, emb_scale=8.0, c_noise="log", head=False)
-    return common.build(options, seed).double()
-
-
-def gradient(loss, net):
-    grads = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
-    return torch.cat([g.flatten() for g in grads if g is not None])
+config = functools.partial(preset, mcm)
+toy_net = functools.partial(conftest.toy_net, emb_scale=8.0, c_noise="log")
 
 
 def test_ddim_is_diffusers():
@@ -39,9 +23,11 @@ def test_ddim_is_diffusers():
     scheduler = diffusers.DDIMScheduler(prediction_type="sample", clip_sample=False, set_alpha_to_one=True)
     scheduler.set_timesteps(20)
     x, z = torch.randn(4, 3, 8, 8).double(), torch.randn(4, 3, 8, 8).double()
+
     def time(level):  # of the cosine schedule, where alpha^2 is alphas_cumprod; beyond the last it is 1
         alpha2 = scheduler.alphas_cumprod[level].double() if level >= 0 else torch.tensor(1.0).double()
         return full(4, 2 / math.pi * torch.acos(alpha2.sqrt()).item())
+
     for level in (951, 501, 1):
         theirs = scheduler.step(x, level, z).prev_sample
         assert torch.allclose(mcm.ddim(x, z, time(level), time(level - 50), config()), theirs, atol=1e-6)
@@ -125,7 +111,7 @@ def test_as_many_steps_as_the_teacher_is_diffusion():
     gen = draw()
     t, s, t_step = mcm.times(gen, 0, cfg)
     assert torch.equal(s, t_step)
-    diffusion = mcm.weighted(x0 - mcm.f(net, mcm.noisy(x0, t, gen, cfg), t, None, cfg), t, cfg)
+    diffusion = mcm.weighted(x0 - mcm.f(net, mcm.noisy(x0, t, gen, cfg)[0], t, None, cfg), t, cfg)
     assert loss.item() == pytest.approx(diffusion.item(), rel=1e-8)
     assert torch.allclose(gradient(loss, net), gradient(diffusion, net), rtol=1e-7, atol=1e-9)
 
@@ -133,7 +119,7 @@ def test_as_many_steps_as_the_teacher_is_diffusion():
 def test_one_segment_is_cm(ring):
     """S = 1 with a DDIM teacher is cm.py's cd in other coordinates: the same two points, for any net."""
     _, _, teacher = ring
-    cfg = config(student_steps=1, solver="ddim", huber=0.0, teacher_steps=(64, 64))
+    cfg = config(student_steps=1, solver="ddim", huber_c=0.0, teacher_steps=(64, 64))
     x0 = torch.randn(1, 2)
     ratios = []
     for seed in (0, 1):
@@ -142,7 +128,7 @@ def test_one_segment_is_cm(ring):
         gen = draw(1)
         t, s, _ = mcm.times(gen, 0, cfg)
         alpha, sigma = mcm.alpha_sigma(t, cfg)
-        x_t = mcm.noisy(x0, t, gen, cfg) / alpha                                # EDM's sample and levels
+        x_t = mcm.noisy(x0, t, gen, cfg)[0] / alpha                             # EDM's sample and levels
         level, lower = sigma / alpha, (lambda a, b: b / a)(*mcm.alpha_sigma(s, cfg))
         x_s = cm.ode_step(teacher, x_t, level, lower, None, cm.Config(solver="ddim"))
         points = [cm.denoise(net, x, v, None, cm.Config()) for x, v in ((x_t, level), (x_s, lower))]
@@ -154,10 +140,12 @@ def test_one_segment_is_cm(ring):
 @pytest.mark.parametrize("steps", [1, 4])
 def test_perfect_f_has_no_loss(steps, monkeypatch):
     """On a Gaussian: teacher steps along the exact ODE, f the DDIM step that ends on it at t_step."""
-    cfg, std = config(student_steps=steps, huber=0.0), 0.3
+    cfg, std = config(student_steps=steps, huber_c=0.0), 0.3
+
     def scale(t):
         alpha, sigma = mcm.alpha_sigma(t, cfg)
         return ((alpha * std) ** 2 + sigma**2).sqrt()[:, None]
+
     def exact(net, z, t, y, cfg):
         t_step = torch.ceil(t * steps - 1e-9).sub(1).clamp(min=0) / steps
         t = t.clamp(min=1e-6)
@@ -175,7 +163,7 @@ def test_perfect_f_has_no_loss(steps, monkeypatch):
 
 def test_progressive_distillation(ring):
     """The student's steps halve down to student_steps; the target matches two steps of the teacher."""
-    cfg = config(mode="pd", pd_start=32, student_steps=4, steps=100, solver="ddim", huber=0.0)
+    cfg = config(mode="pd", pd_start=32, student_steps=4, steps=100, solver="ddim", huber_c=0.0)
     steps = [32 // 2 ** mcm.halvings(step, cfg) for step in (0, 24, 25, 50, 75, 99, 10**6)]
     assert steps == [32, 32, 16, 8, 4, 4, 4]
     _, _, teacher = ring
@@ -185,7 +173,7 @@ def test_progressive_distillation(ring):
         loss = mcm.pd(net, target, teacher, x0, None, step, cfg, draw())[0]
         gen = draw()
         i = 1 + gen.index(n).double()
-        z = z_t = mcm.noisy(x0, i / n, gen, cfg)
+        z = z_t = mcm.noisy(x0, i / n, gen, cfg)[0]
         for a, b in ((i, i - 0.5), (i - 0.5, i - 1)):
             z = mcm.ddim(mcm.f(target, z, a / n, None, cfg), z, a / n, b / n, cfg)
         one = mcm.ddim(mcm.f(net, z_t, i / n, None, cfg), z_t, i / n, (i - 1) / n, cfg)
@@ -199,29 +187,28 @@ def test_teacher_variance_is_of_the_unguided_output(ring):
     _, data, teacher = ring
     cfg = config(conditional=True, guidance=3.0)
     y, t, s, x0 = torch.arange(8), full(8, 0.7), full(8, 0.5), data.mean
-    z_t = mcm.noisy(x0, t, draw(8), cfg)
+    z_t = mcm.noisy(x0, t, draw(8), cfg)[0]
     x, x_none = (mcm.f(teacher, z_t, t, v, cfg) for v in (y, torch.full_like(y, -1)))
     expected = mcm.addim(x_none + 3 * (x - x_none), z_t, 0.75 * (x - x0).square().mean(1), t, s, cfg)
     assert torch.allclose(mcm.ode_step(teacher, z_t, t, s, y, cfg, x0), expected)
 
 
-def test_measured_variance_is_the_posteriors(ring):
-    """With the exact teacher and a share of 1, x_var is the mean over the data of tr Var[x | z_t] / D: for
-    one Gaussian s^2 sigma^2 / (alpha^2 s^2 + sigma^2). It is measured once for each t."""
-    cfg = config(mode="diffusion", solver="addim", x_var_data=True, x_var_frac=1.0)
-    mean, t = torch.zeros(1, 2).double(), torch.full((4,), 0.6).double()
-    one = common.Mixture(cfg, mean, 0.3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "dataset", lambda cfg, device: one)
-        found = mcm.measured_variance(one, t, cfg, n=50_000)
-        alpha, sigma = (v[0] for v in mcm.alpha_sigma(t, cfg))
-        assert found == pytest.approx((0.09 * sigma**2 / (alpha**2 * 0.09 + sigma**2)).item(), rel=0.02)
-        patch.setattr(common, "dataset", None)
-        assert mcm.measured_variance(one, t[:1], cfg) == found
-        x, s = torch.randn(4, 2).double(), t - 0.1
-    z = torch.randn(4, 2).double()
-    assert torch.allclose(mcm.addim(x, z, found, t, s, cfg),
-                          mcm.addim(x, z, found.expand(4), t, s, cfg))
+def test_measured_variance_is_the_posteriors():
+    """With the exact teacher and a share of 1, x_var at each time is the mean over the data of tr Var[x |
+    z_t] / D: for one Gaussian s^2 sigma^2 / (alpha^2 s^2 + sigma^2). The sampler takes aDDIM's steps with
+    it."""
+    nfe, cfg = 4, config(mode="diffusion", solver="addim", x_var_data=True, x_var_frac=1.0)
+    one = kit.toys.Mixture(cfg, torch.zeros(1, 2).double(), 0.3)
+    sampler = mcm.measured(one, one, nfe, cfg, n=50_000)
+    x_var = sampler.keywords["x_var"]
+    alpha, sigma = mcm.alpha_sigma((torch.arange(nfe).double() + 1) / nfe, cfg)
+    assert torch.allclose(x_var.double(), 0.09 * sigma**2 / (alpha**2 * 0.09 + sigma**2), rtol=0.02)
+    noise = cfg.sigma_d * torch.randn(5, 2).double()
+    z = noise / cfg.sigma_d
+    for i in range(nfe, 0, -1):
+        t, s = full(5, i / nfe), full(5, (i - 1) / nfe)
+        z = mcm.addim(mcm.f(one, z, t, None, cfg), z, x_var[i - 1].expand(5), t, s, cfg)
+    assert torch.allclose(sampler(one, noise, None, nfe, cfg, None), z)
 
 
 def test_solvers_converge_to_the_ode(ring):
@@ -231,7 +218,8 @@ def test_solvers_converge_to_the_ode(ring):
     exact = common.solve(data, noise, common.ode_times(512, config().sigma_d))
     for solver in ("ddim", "addim", "heun"):
         cfg = config(mode="diffusion", solver=solver)
-        coarse, fine = (common.rms(mcm.sample(teacher, noise, None, n, cfg, None), exact) for n in (16, 256))
+        coarse, fine = (kit.metrics.rms(mcm.sample(teacher, noise, None, n, cfg, None), exact)
+                        for n in (16, 256))
         assert fine < 0.3 * coarse and fine < 0.05, (solver, coarse, fine)
 
 
@@ -256,7 +244,7 @@ def test_pd_resumes_exactly(train, folder, monkeypatch, capsys):
     monkeypatch.setitem(mcm.LOSSES, "pd", stop)
     with pytest.raises(KeyboardInterrupt):
         train(*words, "--out", "parts", script=mcm)
-    assert common.read_checkpoint("parts")["step"] == 7
+    assert kit.read_checkpoint("parts")["step"] == 7
     monkeypatch.setitem(mcm.LOSSES, "pd", mcm.pd)
     parts = train("--resume", "--out", "parts", script=mcm)
     assert all(torch.equal(whole[p][k], parts[p][k]) for p in ("net", "target", "ema") for k in whole[p])

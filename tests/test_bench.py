@@ -1,4 +1,4 @@
-"""tests/bench.py gpu: the list of checks for a machine with a GPU, here in its tiny form for the CPU."""
+"""TODO bench."""
 import common
 
 import json
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 BENCH = Path(common.__file__).parent / "tests" / "bench.py"
-NAMES = ["attention", "tangent", "steps", "compile", "checkpointing", "host_time", "two_processes", "resume"]
+
+NAMES = ["attention", "tangent", "steps", "compile", "checkpointing", "jvp", "two_processes", "resume"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, bench.py gpu is run by hand")
