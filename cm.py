@@ -42,7 +42,8 @@ EDITS = ("inpaint", "colorize", "superres", "stroke", "denoise", "interpolate", 
 
 @dataclass
 class Config(kit.Config):
-    mode: str = "cd"  # training objective
+    foreign = {"CMStochasticIterativeScheduler": dict(dataset="folder", mode="cd")}  # OpenAI's, by diffusers
+    mode: str = kit.fixed("cd")  # training objective
     P_mean: float = -1.1  # diffusion, ict: mean of log(t)
     P_std: float = 2.0  # standard deviation of log(t)
     points: int = kit.flag(18, least=2)  # cd: N, points of the grid
@@ -454,7 +455,7 @@ def search(cfg, n=2000):
 
 def write_edit(cfg):
     """--edit: write a picture of the input, what the network is given of it, and the result."""
-    net, path = kit.load_net(cfg.out), cfg.save or f"{cfg.out}/edit-{cfg.edit}.png"
+    net, path = kit.load_net(cfg.out), cfg.save or f"{kit.place(cfg.out)}/edit-{cfg.edit}.png"
     if cfg.label >= max(net.options["classes"], 1):
         kit.fail(f"--label {cfg.label}: the network has {net.options['classes']} classes")
     if len(net.options["shape"]) == 1 or net.options["shape"][1] % cfg.patch:
@@ -474,6 +475,8 @@ def main(argv=None):
         return kit.write_samples(cfg, sample)
     if cfg.dry_run:
         return kit.dry_run(cfg)
+    if cfg.export:
+        return kit.export(cfg)
     train(cfg)
 
 

@@ -48,7 +48,7 @@ import torch
 @dataclass
 class Config(kit.Config):
     maker = "scm"  # of teachers
-    mode: str = "both"  # training objective; both trains the two students one after the other
+    mode: str = kit.fixed("both")  # training objective; both trains the two students one after the other
     intervals: int = kit.flag(100, least=1)  # N, solver steps from noise to data; divides 1000
     hops: int = 0  # cm: solver steps before f^- takes over; 0 is one
     solver: Literal["ddim", "euler", "heun"] = "ddim"  # the teacher's
@@ -57,6 +57,11 @@ class Config(kit.Config):
 
     def distills(self):
         return True
+
+    def inference(self):
+        levels = {n: torch.tensor(labels(n, self)) for n in (1, 2, 4)}
+        ratios = {n: (1 / ABAR[t] - 1).sqrt().tolist() for n, t in levels.items()}
+        return dict(scheduler="LCMScheduler", guidance_scale=1.0, ratios=ratios)
 
     def check(self):
         if 1000 % self.intervals:
@@ -197,13 +202,17 @@ LOSSES = {"cm": cm, "direct": direct, "both": None}  # both: see extras
 
 
 # ------------------------------------------------------------------------------------------------- sampler
+def labels(nfe, cfg):
+    """The nfe levels of the sampler, spread over the grid from label 1000 down; halves go to the even index,
+    as in the authors' code."""
+    return [1000 - 1000 // cfg.intervals * round(i * cfg.intervals / nfe) for i in range(nfe)]
+
+
 @torch.no_grad()
 def sample(net, noise, y, nfe, cfg, gen):
-    """noise ~ N(0, sigma_d^2 I) (B, ...) -> x_0: f, noise of the next level, f, and so on. The nfe levels are
-    spread over the grid from label 1000 down; halves go to the even index, as in the authors' code."""
-    z, stride = noise / cfg.sigma_d, 1000 // cfg.intervals
-    labels = [1000 - stride * round(i * cfg.intervals / nfe) for i in range(nfe)]
-    for i, label in enumerate(labels):
+    """noise ~ N(0, sigma_d^2 I) (B, ...) -> x_0: f, noise of the next level, f, and so on."""
+    z = noise / cfg.sigma_d
+    for i, label in enumerate(labels(nfe, cfg)):
         t = torch.full(z.shape[:1], label, device=z.device)
         if i:
             alpha, sigma = alpha_sigma(t)
@@ -280,6 +289,8 @@ def main(argv=None):
         return kit.write_samples(cfg, sample)
     if cfg.dry_run:
         return kit.dry_run(cfg)
+    if cfg.export:
+        return kit.export(cfg)
     if cfg.mode == "both":  # <- method
         return both(cfg)  # <- method
     train(cfg)

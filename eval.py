@@ -28,7 +28,7 @@ text    clip_score          mean cosine of CLIP ViT-L/14's image and prompt, res
 """
 import common
 import kit
-from kit.config import make_config
+from kit.config import foreign_values, make_config
 from kit.edm import read_pickle
 from kit.metrics import (Moments, Reference, energy_distance, image_metrics, mode_shares, rms,
                          sliced_wasserstein)
@@ -60,7 +60,8 @@ KEEP, SHOWN = 10_000, 16  # features that kid, precision and recall compare; ima
 # What a teacher's samples depend on.
 TEACHING = ("teacher", "pretrained", "first_label", "solver", "intervals", "guidance", "sigma_d", "dataset",
             "conditional")
-FOREIGN = dict(ECMPrecond="sct")  # other projects' consistency models, and the script that samples them
+# Other projects' consistency models, and the scripts that sample them.
+FOREIGN = dict(ECMPrecond="sct", CMStochasticIterativeScheduler="cm")
 
 
 # ------------------------------------------------------------------------------------------------- samples
@@ -72,14 +73,13 @@ class Run:
 
     def __init__(self, path, prompts, seed, device):
         ckpt = kit.read_checkpoint(path)
-        name = FOREIGN.get(ckpt["script"], str(ckpt["script"]))
+        name = FOREIGN.get(ckpt["script"], "scm" if ckpt.get("foreign") else str(ckpt["script"]))
         # a script beside this file, and nothing else, may be imported
         if not re.fullmatch(r"\w+", name) or not Path(__file__).with_name(name + ".py").exists():
             fail(f"{path} names an unknown script, {name!r}")
         self.path, self.seed, self.device = path, seed, device
         self.script = importlib.import_module(name)
-        foreign = self.script.Config.foreign.get(ckpt["script"], {})
-        self.cfg = make_config(self.script.Config, ckpt["config"] | foreign)
+        self.cfg = make_config(self.script.Config, ckpt["config"] | foreign_values(self.script.Config, ckpt))
         self.columns = dict(run=str(path), method=name, mode=self.cfg.mode, seconds=round(ckpt["seconds"]),
                             samples_seen=ckpt["step"] * self.cfg.batch)
         self.net = kit.load_net(path).to(device)
@@ -402,7 +402,7 @@ def teacher_samples(run, n, args, tools):
     def draw(lo, hi):
         part = run.draw_teacher(lo, hi, args.seed)
         solved[lo] = part["x0"]
-        return part
+        return part | dict(error=torch.zeros(hi - lo, dtype=torch.float64))
     samples = collect(draw, n, args, tools, f"{run.path}, teacher")
     if samples["x"].ndim == 2:
         other = collect(lambda lo, hi: run.draw_teacher(lo, hi, args.seed + 1), n, args, tools, "reference")
@@ -513,8 +513,7 @@ def parse_args(argv):
     with reading(f"cannot read --reference {args.reference}"):
         if args.reference not in (None, "teacher") and not Path(args.reference).exists():
             fail(f"there is no --reference {args.reference}")
-    first = Path(args.runs[0])
-    args.out = args.out or str(first.parent if first.suffix else first)
+    args.out = args.out or kit.place(args.runs[0])
     return args
 
 

@@ -45,7 +45,7 @@ import torch
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config(kit.Config):
-    mode: str = "cd"  # training objective
+    mode: str = kit.fixed("cd")  # training objective
     student_steps: int = kit.fixed(4, least=1)  # segments of the ODE, and so sampling steps: 1, 2, 4, 8, 16
     teacher_steps: tuple = (64, 1280)  # T at the start and, growing log-linearly, from `anneal` on
     anneal: float = 0.5  # share of the steps in which T grows; 0 is off
@@ -64,6 +64,11 @@ class Config(kit.Config):
     def distills(self):
         return self.mode in ("cd", "pd")
 
+    def inference(self):
+        n = self.student_steps
+        ratios = [math.tan(math.pi / 2 * min(i / n, 1 - 1e-9)) for i in range(n, 0, -1)]
+        return dict(scheduler="TCDScheduler", eta=0.0, guidance_scale=1.0, ratios={n: ratios})
+
     def check(self):
         if self.figure and (self.dataset != "gmm1d" or kit.WORLD > 1):
             kit.fail("--figure is for --dataset gmm1d and one process")
@@ -71,6 +76,8 @@ class Config(kit.Config):
             kit.fail(f"--pd_start must be --student_steps {self.student_steps} times a power of 2")
         if self.x_var_data and not self.x_var_frac:
             kit.fail("--x_var_data measures what --x_var_frac is a share of: give one above 0")
+        if self.x_var_data and (self.mode, self.solver) != ("diffusion", "addim"):
+            kit.fail("--x_var_data is for sampling by --solver addim, in --mode diffusion")
         if self.guidance != 1 and not self.conditional:
             kit.fail("--guidance needs --conditional, and a teacher trained with --label_dropout")
         if self.solver == "heun" and self.mode != "diffusion":
@@ -408,12 +415,15 @@ def main(argv=None):
     if cfg.figure:  # <- method
         return figure(cfg)  # <- method
     if cfg.sample and cfg.x_var_data:  # <- method
-        sampler = measured(kit.load_net(cfg.out), kit.dataset(cfg), cfg.nfe, cfg)  # <- method
-        return kit.write_samples(cfg, sampler)  # <- method
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # <- method
+        net, data = kit.load_net(cfg.out).to(device), kit.dataset(cfg, device)  # <- method
+        return kit.write_samples(cfg, measured(net, data, cfg.nfe, cfg, device))  # <- method
     if cfg.sample:
         return kit.write_samples(cfg, sample)
     if cfg.dry_run:
         return kit.dry_run(cfg)
+    if cfg.export:
+        return kit.export(cfg)
     train(cfg)
 
 

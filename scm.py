@@ -42,7 +42,7 @@ import torch
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config(kit.Config):
-    mode: str = "scd"  # training objective
+    mode: str = kit.fixed("scd")  # training objective
     P_mean: float = -1.0  # mean of log(sigma) in training, where sigma = sigma_d tan(t)
     P_std: float = 1.4  # standard deviation of log(sigma) in training
     tangent: Literal["normalize", "clip", "raw"] = "normalize"  # g over its RMS + c; df/dt clipped; neither
@@ -57,6 +57,9 @@ class Config(kit.Config):
     def distills(self):
         return self.mode in ("scd", "dscd", "vsd", "scd+vsd")
 
+    def guided(self):
+        return self.guidance_max > 1
+
     def check(self):
         if self.guidance_max < 1:
             kit.fail(f"--guidance_max must be at least 1, which is off, not {self.guidance_max}")
@@ -68,6 +71,8 @@ class Config(kit.Config):
             kit.fail("guidance of a student is its teacher's, and --mode sct has none")
         if self.distills() and self.guidance_max == 1:
             kit.fail("--guidance of a student needs one that was trained with --guidance_max")
+        if self.mode == "diffusion" and not self.label_dropout:
+            kit.fail("--guidance compares with no label, and this model was trained without --label_dropout")
         if self.mode == "diffusion" and self.guidance_max > 1:
             kit.fail("--guidance_max is for students; a diffusion model takes any --guidance in sampling")
 
@@ -75,7 +80,8 @@ class Config(kit.Config):
 # ------------------------------------------------------------------------------------------------- PRESETS
 # DEPARTS: paper's double normalization scales and shifts; here it only scales (norm_shift), because the sizes
 # that the paper prints for ImageNet leave no room for the shift
-EDM2 = dict(c_noise="t", double_norm=True, norm_shift=False, dtype="fp16", eps=1e-11, save_every=1000)
+EDM2 = dict(c_noise="t", emb="positional", double_norm=True, norm_shift=False, dtype="fp16", eps=1e-11,
+            save_every=1000)
 PRESETS = {
     # DEPARTS: paper adaptive weighting; here none, because an exact teacher's residual vanishes as t -> 0.
     # The best e^w, its inverse, has no bound there and drowns the large t.
@@ -379,6 +385,8 @@ def main(argv=None):
         return kit.write_samples(cfg, sample)
     if cfg.dry_run:
         return kit.dry_run(cfg)
+    if cfg.export:
+        return kit.export(cfg)
     train(cfg)
 
 

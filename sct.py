@@ -30,7 +30,7 @@ from common import like
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -40,7 +40,7 @@ import torch
 @dataclass
 class Config(kit.Config):
     foreign = {"ECMPrecond": dict(dataset="cifar10", mode="ect", sigma_shift=0.003)}  # ECT's snapshots
-    mode: str = "sct"  # training objective
+    mode: str = kit.fixed("sct")  # training objective
     P_mean: float = -1.1  # mean of log(t) in training
     P_std: float = 2.0  # standard deviation of log(t) in training
     shrink: float = 2.0  # q: the gap t - s shrinks by this factor from stage to stage
@@ -101,8 +101,8 @@ PRESETS = {  # DEPARTS: paper names no q, d and delta for SCT, and no edges; tho
     # FID of 1 / 2 steps: ect S 5.51 / 3.18, M 3.67 / 2.35; sct S 5.10 / 3.05, M 3.30 / 2.13 (with
     # --batch 1024, 2.42 / 1.55)
     # DEPARTS: paper names no reference set; here 256 images of each sample's class
-    "imagenet64": dict(batch=128, steps=100_000, lr_ref=2000, dropout_res=16, emb="fourier", P_mean=-0.8,
-                       P_std=1.6, stage_steps=12_500, huber_c=0.06, sigmas=(80.0, 1.526), reference="dataset",
+    "imagenet64": dict(batch=128, steps=100_000, lr_ref=2000, dropout_res=16, P_mean=-0.8, P_std=1.6,
+                       stage_steps=12_500, huber_c=0.06, sigmas=(80.0, 1.526), reference="dataset",
                        class_size=256),
     "imagenet64 --mode ect": dict(shrink=4.0, stage_steps=25_000, weighting="snr"),
     "imagenet64 --mode diffusion": dict(dropout_res=0),
@@ -203,7 +203,7 @@ class ReferenceSet:
         """x* = E[x_i | x_t] (B, ...), over the class of y, or over all for y = -1 (Eq. 13, 14); and over how
         many x_i the average really goes, (B,), 1 / sum_i W_i^2. As W sums to 1, Eq. 14's 1/n is left out."""
         batch = x0, y
-        if self.near:  # not this process's part of the batch alone
+        if self.near or self.cfg.class_size:  # not this process's part of the batch alone
             batch = self.data.batch(common.Draw(self.cfg.seed, step, 0, self.cfg.batch, x0.device))
         classes = torch.full((len(x_t),), -1, device=x_t.device) if y is None else y
         x_star, averaged = torch.empty_like(x_t), x_t.new_empty(len(x_t))
@@ -341,7 +341,9 @@ def train(cfg):
             run.save(state, done)
         if done % cfg.sample_every == 0 or done == cfg.steps:
             nfes = (cfg.phases,) if cfg.phases > 1 else (1, 2)  # <- method
-            kit.report(cfg, run, done, sample, ema, data, None, nfes)  # <- method
+            weak = cfg.guide == "label" or "weak" in ema.extra  # <- method
+            shown = cfg if weak else replace(cfg, guidance=1.0)  # <- method: no weaker self yet
+            kit.report(shown, run, done, sample, ema, data, None, nfes)  # <- method
 
 
 # ---------------------------------------------------------------------------------------------------- main
@@ -351,6 +353,8 @@ def main(argv=None):
         return kit.write_samples(cfg, sample)
     if cfg.dry_run:
         return kit.dry_run(cfg)
+    if cfg.export:
+        return kit.export(cfg)
     train(cfg)
 
 

@@ -34,7 +34,7 @@ from kit.data import read_image
 from kit.metrics import distance
 from kit.networks import normalize_weights
 from kit.process import RANK, WORLD, fail
-from kit.report import noise_and_labels, panels, report, write_samples
+from kit.report import export, noise_and_labels, panels, place, report, write_samples
 from kit.run import Run, dry_run, lerp, make_optimizer
 from kit.teachers import init_path, load_net, load_teacher, network, read_checkpoint
 from kit.text import Epsilon

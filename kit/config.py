@@ -3,7 +3,7 @@ from kit.data import Latents, Stored, cifar10, image_folder, latents
 from kit.process import RANK, WORLD, fail
 from kit.teachers import init_path, read_checkpoint
 from kit.text import Captions
-from kit.toys import MIXTURES, Mixture, draw_shapes
+from kit.toys import MIXTURES, SHAPES, Mixture, draw_shapes
 
 import argparse
 import dataclasses
@@ -23,6 +23,7 @@ def flag(default, **rules):
                   "never", or at every "call", so that a run does not keep it
     implies       its value -> values of other flags, where those are not given
     net           it is an argument of the network's constructor
+    form          its value is the method's choice, which is kept when another project's network is finetuned
     inherited     a student takes it over from its teacher
     opens         this call works on the run in --out"""
     return dataclasses.field(default=default, metadata=rules)
@@ -31,6 +32,7 @@ def flag(default, **rules):
 fixed, free, call = (functools.partial(flag, change=change) for change in ("never", "resume", "call"))
 opens = functools.partial(call, opens=True)
 of_net = functools.partial(fixed, net=True, inherited=True)
+form = functools.partial(of_net, form=True)
 inherited = functools.partial(fixed, inherited=True)
 
 
@@ -38,13 +40,14 @@ inherited = functools.partial(fixed, inherited=True)
 class Config:
     """The flags that all scripts share. Each script adds `mode` and the fields of its method. The comment
     beside a field is its help."""
-    foreign = {}  # other projects' networks that a script can sample: class name -> values of fields
+    foreign = {}  # other projects' consistency models that a script can sample: class -> values of fields
     maker = ""  # the script that makes this one's teachers; "" is itself
 
     dataset: str = fixed("gmm")  # gmm (points in 2-D), shapes (drawn), folder (see --data), or another preset
     size: str = ""  # another size of the preset's network, such as M; "" is its own
     data: str = free("")  # class folders or a zip of images; cifar10: its archive; imagenet512: also latents
     vae: str = ""  # autoencoder of latents, a folder or hub id; "" is the dataset's own
+    space: Literal["", "signed", "edm2"] = inherited("")  # latents of pixels in [-1, 1], or EDM2's, in [0, 1]
     pretrained: str = fixed("", implies=lambda _: dict(dataset="text"))  # text to image: folder or hub id
     lora_rank: int = fixed(64, least=1)  # text to image: rank of the adapters, and their alpha
     first_label: int = fixed(0)  # text to image: label of the first noise level
@@ -54,7 +57,7 @@ class Config:
     flip: bool = False  # mirror half of the training images, at random
     conditional: bool = inherited(False)  # train a class-conditional network
     label_dropout: float = fixed(0.0, most=1)  # how often training drops a label, for guidance; 0 is off
-    teacher: str = ""  # a run's folder, a checkpoint, or exact (gmm); "" is out/SCRIPT-DATASET-diffusion
+    teacher: str = ""  # run, file, URL, hub id, or a name (see `help`), or exact; "" is the usual folder's
     init: str = ""  # the run to start from; "" is the teacher, or where it would be; none is random weights
     steps: int = free(4000, least=1)  # optimizer steps
     batch: int = 256  # samples a step, over all processes
@@ -71,16 +74,17 @@ class Config:
     dropout_res: int = 0  # dropout acts only in layers of at most so many pixels a side; 0 is all layers
     ema_sigma_rel: float = flag(0.05, most=0.28)  # width of the power-function EMA; 0 uses ema_halflife
     ema_halflife: float = 5e5  # half-life of the EMA in samples; 0 too is no EMA
+    ema_rampup: float = flag(0.0, most=1)  # longest half-life as a share of the samples seen so far; 0 is off
     arch: Literal["edm2", "ddpmpp"] = of_net("edm2")  # blocks of the U-Net: EDM2's, or EDM's for CIFAR-10
     channels: int = of_net(64, least=2)  # channels of the first level; for points, of all layers
     channel_mult: tuple = of_net((1, 2))  # channels of each level over --channels; a level halves the image
     blocks: int = of_net(2, least=1)  # residual blocks a level; for points, in all
     attention: tuple = of_net((8,))  # resolutions with self-attention
-    emb: Literal["positional", "fourier"] = of_net("positional")  # embedding of the time
-    emb_scale: float = of_net(1.0)  # highest frequency (positional) or bandwidth (fourier) of that embedding
-    c_noise: Literal["t", "log"] = of_net("t")  # what is embedded: t itself, or log(sigma) / 4 as in EDM
-    double_norm: bool = of_net(True)  # adaptive double normalization (sCM); false is EDM2's modulation
-    norm_shift: bool = of_net(True)  # double normalization scales and shifts; false only scales
+    emb: Literal["positional", "fourier"] = form("positional")  # embedding of the time
+    emb_scale: float = form(1.0)  # highest frequency (positional) or bandwidth (fourier) of that embedding
+    c_noise: Literal["t", "log"] = form("t")  # what is embedded: t itself, or log(sigma) / 4 as in EDM
+    double_norm: bool = form(True)  # adaptive double normalization (sCM); false is EDM2's modulation
+    norm_shift: bool = form(True)  # double normalization scales and shifts; false only scales
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # precision of the U-Net's torso
     checkpointing: bool = free(False)  # store no activations within blocks: less memory, a third more time
     compile: bool = free(False)  # apply torch.compile to the passes that have no JVP
@@ -96,6 +100,7 @@ class Config:
     nfe: int = call(1, least=1)  # network evaluations a sample
     label: int = call(-1)  # class to sample; -1 takes all in turn
     save: str = call("")  # where samples go, a .png or an .npz; "" is samples.png in --out
+    export: str = opens("")  # write the averaged network of the run in --out to this folder, as safetensors
 
     def needs_steps(self):
         """Whether a schedule depends on the number of steps, so that --resume cannot change it."""
@@ -104,6 +109,14 @@ class Config:
     def distills(self):
         """Whether the mode needs a teacher; the others may start from one."""
         return False
+
+    def guided(self):
+        """Whether training asks the teacher for guidance, that is, for predictions without label."""
+        return getattr(self, "guidance", 1) != 1
+
+    def inference(self):
+        """What diffusers needs beside a text-to-image run's adapters: scheduler, timesteps, guidance."""
+        return {}
 
     def loss_bytes(self):
         """What a loss holds for each sample, beside the networks."""
@@ -116,7 +129,7 @@ class Config:
 # ------------------------------------------------------------------------------------------------- presets
 
 EDM2_NET = dict(channels=192, channel_mult=(1, 2, 3, 4), blocks=3, attention=(16, 8), c_noise="log",
-                double_norm=False)
+                emb="fourier", double_norm=False)
 # The learning rate rises over 10 million images. Scripts with --uncertainty learn the loss's weight.
 EDM2_RECIPE = dict(batch=2048, optimizer="adam", beta2=0.99, lr_warmup=4883, dtype="fp16", uncertainty=True)
 PRESETS = {  # what belongs to a dataset, whatever the method: its toy defaults, its network, its teachers
@@ -132,13 +145,15 @@ PRESETS = {  # what belongs to a dataset, whatever the method: its toy defaults,
     "cifar10": dict(arch="ddpmpp", double_norm=False, channels=128, channel_mult=(2, 2, 2), blocks=4,
                     attention=(16,), optimizer="radam", ema_sigma_rel=0.0, save_every=2500),
     "cifar10 --mode diffusion": dict(batch=512, steps=400_000, lr=1e-3, lr_warmup=19_531, optimizer="adam",
-                                     beta2=0.999, ema_halflife=5e5, dropout=0.13, P_mean=-1.2, P_std=1.2),
+                                     beta2=0.999, ema_halflife=5e5, ema_rampup=0.05, dropout=0.13,
+                                     P_mean=-1.2, P_std=1.2),
     "text": dict(teacher="exact", conditional=True, image_size=1024, sigma_d=1.0, optimizer="adamw",
                  beta2=0.999),
     "imagenet64": dict(EDM2_NET, image_size=64, conditional=True, batch=2048, save_every=2500),
     "imagenet64 --mode diffusion": dict(EDM2_RECIPE, lr_ref=35_000, P_mean=-0.8, P_std=1.6),
     "imagenet512": dict(EDM2_NET, conditional=True, batch=2048),
     "imagenet512 --mode diffusion": dict(EDM2_RECIPE, lr_ref=70_000, P_mean=-0.4, P_std=1.0),
+    "imagenet512 --mode diffusion --init": dict(steps=20_000),  # finetunes another project's network
 }
 EDM2_TEACHERS = {  # by size: learning rate, dropout, width of the EMA, training in 2^20 images
     "imagenet64": dict(S=(1e-2, 0.0, 0.075, 1024), M=(9e-3, 0.1, 0.06, 2048), L=(8e-3, 0.1, 0.04, 1024),
@@ -191,8 +206,12 @@ def parse_args(Config, presets, modes, argv=None):
         values |= usual_teacher(script, make_config(Config, values | flags))
     source = init_path(values | flags)
     if source and not stored:
-        values |= {name: value for name, value in read_checkpoint(source)["config"].items()
-                   if name in fields and fields[name].metadata.get("inherited")}
+        known = read_checkpoint(source)
+        finetunes = choice["mode"] == "diffusion" and known.get("foreign")
+        values |= PRESETS.get(f"{choice['dataset']} --mode diffusion --init", {}) if finetunes else {}
+        values |= {name: value for name, value in known["config"].items() if name in fields
+                   and fields[name].metadata.get("inherited")
+                   and not (finetunes and fields[name].metadata.get("form"))}
     cfg = make_config(Config, values | stored | flags)
     check_values(cfg, fields)
     cfg.check()
@@ -202,9 +221,10 @@ def parse_args(Config, presets, modes, argv=None):
 def stored_values(Config, script, fields, flags):
     """What the run in --out has kept. Ends the program if a flag would change what it may not."""
     ckpt = read_checkpoint(flags["out"])
-    if ckpt["script"] not in (script, *Config.foreign):
-        fail(f"{flags['out']} was written by {ckpt['script']}.py: run that script with it")
-    kept = ckpt["config"] | Config.foreign.get(ckpt["script"], {})
+    if ckpt["script"] != script and not foreign_values(Config, ckpt):
+        maker = f"another project ({ckpt['script']})" if ckpt.get("foreign") else f"{ckpt['script']}.py"
+        fail(f"{flags['out']} was written by {maker}: run the script that knows it")
+    kept = ckpt["config"] | foreign_values(Config, ckpt)
     kept = {k: v for k, v in kept.items() if k in fields and fields[k].metadata.get("change") != "call"}
     for name, value in flags.items():
         change = fields[name].metadata.get("change", "sampling")
@@ -214,6 +234,13 @@ def stored_values(Config, script, fields, flags):
         if not may and value != kept.get(name, value):
             fail(f"{flags['out']} was trained with --{name} {kept[name]}: it cannot become {value}")
     return kept
+
+
+def foreign_values(Config, ckpt):
+    """What a script samples another project's network with; {} for its own runs, and if it cannot."""
+    if ckpt.get("foreign") and ckpt["config"]["mode"] == "diffusion":  # the same in all scripts
+        return dict(dataset="imagenet512" if ckpt["config"].get("space") else "folder")
+    return Config.foreign.get(ckpt["script"], {})
 
 
 def usual_teacher(script, cfg):
@@ -331,7 +358,9 @@ def dataset(cfg, device="cpu"):
         return Captions(cfg, device)
     if kind(cfg.dataset) is Latents:
         return Latents(cfg, *latents(cfg, device))
-    return Stored(cfg, *dict(shapes=draw_shapes, cifar10=cifar10).get(cfg.dataset, image_folder)(cfg))
+    if cfg.dataset == "shapes":
+        return Stored(cfg, *draw_shapes(cfg), SHAPES)
+    return Stored(cfg, *(cifar10 if cfg.dataset == "cifar10" else image_folder)(cfg))
 
 
 def to_pixels(x, cfg):

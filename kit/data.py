@@ -25,9 +25,10 @@ class Stored:
     (N, 3, H, W), and x0 = pixels / 127.5 - 1."""
     channels = 3  # of a row
 
-    def __init__(self, cfg, rows, labels):
+    def __init__(self, cfg, rows, labels, names=()):
         self.cfg = cfg
         self.rows = rows
+        self.names = list(names)  # of the classes, where they are known
         self.labels = torch.as_tensor(np.array(labels), dtype=torch.int64)
         self.classes = int(self.labels.max()) + 1
         self.shape = tuple(rows.shape[1:])
@@ -96,9 +97,13 @@ class Latents(Stored):
     anew from N(mean, std^2) each time, and normalized to standard deviation sigma_d."""
     channels = 8
 
-    def __init__(self, cfg, rows, labels):
-        super().__init__(cfg, rows, labels)
-        self.shape = (4, *rows.shape[2:])
+    def __init__(self, cfg, rows, labels, names, space):
+        super().__init__(cfg, rows, labels, names)
+        self.shape, self.space = (4, *rows.shape[2:]), space
+        if cfg.space not in ("", space):
+            fail(f"--data {cfg.data} holds latents normalized as {space}, and the teacher or --init knows "
+                 f"those as {cfg.space}: encode the images for it, with --data IMAGES")
+        cfg.space = space  # from now on the run, and what comes of it, knows
         if cfg.flip:
             fail("--flip is for pixels: the latent of a mirrored image is not the mirrored latent")
 
@@ -123,9 +128,8 @@ LATENT_SPACES = dict(  # mean and standard deviation by channel
 
 
 def latent_space(cfg, device):
-    """The name of the latents' normalization, EDM2's for its zip and sCM's otherwise, and its mean and
-    standard deviation, (4, 1, 1)."""
-    name = "edm2" if str(cfg.data).endswith(".zip") else "signed"
+    """The name of the latents' normalization, and its mean and standard deviation, (4, 1, 1)."""
+    name = cfg.space or "signed"
     return name, *(torch.tensor(moment, device=device).view(4, 1, 1) for moment in LATENT_SPACES[name])
 
 
@@ -159,7 +163,7 @@ def image_folder(cfg):
     root = Path(cfg.data or (usual if usual.exists() else usual.with_suffix(".zip")))
     if not cfg.data and not root.exists():
         fail(f"--dataset {cfg.dataset} needs --data PATH: class folders, or a zip")
-    names, labels, read = list_images(root)
+    names, labels, read, classes = list_images(root)
     with reading(f"--data {root}"):
         files = [(n, (root / n if root.is_dir() else root).stat().st_mtime_ns) for n in names]
     key = hashlib.sha1(repr((str(root.resolve()), files, cfg.image_size)).encode()).hexdigest()[:16]
@@ -172,7 +176,10 @@ def image_folder(cfg):
                 fail(f"{name} is not {side} x {side} pixels: give --image_size to crop and resize")
         return np.stack(images)
     folder = Path("data/cache", f"{root.stem[:40]}-{cfg.image_size}-{key}")
-    return open_store(folder, lambda: (names, labels, encode))
+    return open_store(folder, lambda: (names, labels, encode, classes))
+
+
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 def cifar10(cfg):
@@ -193,8 +200,9 @@ def cifar10(cfg):
             files = sorted(n for n in archive.getnames() if re.search(r"data_batch_\d\.bin$", n))
             rows = np.concatenate([np.frombuffer(archive.extractfile(n).read(), np.uint8) for n in files])
             rows = rows.reshape(-1, 1 + 3 * 32 * 32)  # a label, then the planes of R, G and B
-            assert rows[:, 0].max() < 10, "labels above 9"
-        return np.arange(len(rows)), rows[:, 0], lambda part: rows[part, 1:].reshape(-1, 3, 32, 32)
+            if rows[:, 0].max() > 9:
+                raise ValueError("labels above 9")
+        return np.arange(len(rows)), rows[:, 0], lambda part: rows[part, 1:].reshape(-1, 3, 32, 32), CIFAR10
     with reading(f"--data {path}"):
         key = hashlib.sha1(f"{path.resolve()} {path.stat().st_mtime_ns}".encode()).hexdigest()[:16]
     return open_store(Path("data/cache", f"cifar10-{key}"), prepare)
@@ -202,21 +210,26 @@ def cifar10(cfg):
 
 def latents(cfg, device):
     """imagenet512: latents from --data, which is a folder that holds them, EDM2's zip of them (read in
-    place), or images in class folders. Images are encoded once, into data/imagenet512."""
-    root = Path(cfg.data or "data/imagenet512")
-    folder = Path("data/imagenet512")
+    place), or images in class folders. Images are encoded once, into data/imagenet512; for a teacher or
+    --init from EDM2 its way, from pixels in [0, 1], into data/imagenet512-edm2. Returns rows, labels, names
+    of classes, and the normalization."""
+    folder = Path("data/imagenet512-edm2" if cfg.space == "edm2" else "data/imagenet512")
+    root = Path(cfg.data or folder)
     if RANK == 0:
         autoencoder(cfg, torch.device("cpu"))  # pictures need it: better missed now than at the end
     if root.suffix == ".zip":
-        names, labels, read = list_images(root, (".npy",))
-        return LatentZip(root, names, read), labels
+        names, labels, read, classes = list_images(root, (".npy",))
+        return LatentZip(root, names, read), labels, classes, "edm2"
     if (root / "about.json").exists():
-        return open_store(root, lambda: fail(f"--data {root} lacks latents: give the images with --data"))
+        def missing():
+            fail(f"--data {root} lacks latents: give the images with --data")
+        return *open_store(root, missing), stored_space(root)
     if not cfg.data:
-        fail("--dataset imagenet512: there are no latents in data/imagenet512; give the images with --data")
-    names, labels, read = list_images(root)
-    size = cfg.image_size or 512
+        fail(f"--dataset imagenet512: there are no latents in {folder}; give the images with --data")
+    names, labels, read, classes = list_images(root)
+    size, space = cfg.image_size or 512, cfg.space or "signed"
     about = dict(vae=cfg.vae, image_size=size, sources=hashlib.sha1("\n".join(names).encode()).hexdigest())
+    about |= dict(space=space) if space == "edm2" else {}
     cfg.data = str(folder)  # what the run's config names from now on
 
     def prepare():
@@ -224,11 +237,16 @@ def latents(cfg, device):
 
         @torch.no_grad()
         def encode(part):
-            x = np.stack([decode(name, read, size) for name in part])
-            latent = vae.encode(torch.from_numpy(x).to(device).float() / 127.5 - 1).latent_dist
+            x = torch.from_numpy(np.stack([decode(name, read, size) for name in part])).to(device).float()
+            latent = vae.encode(x / 255 if space == "edm2" else x / 127.5 - 1).latent_dist
             return torch.cat([latent.mean, latent.std], dim=1).half().cpu().numpy()
-        return names, labels, encode
-    return open_store(folder, prepare, about, batch=16)
+        return names, labels, encode, classes
+    return *open_store(folder, prepare, about, batch=16), space
+
+
+def stored_space(folder):
+    with reading(f"{folder}/about.json is damaged: delete {folder}"):
+        return (json.loads((folder / "about.json").read_text()) or {}).get("space", "signed")
 
 
 class LatentZip:
@@ -248,11 +266,11 @@ class LatentZip:
 
 
 def open_store(folder, prepare, about=None, batch=256):
-    """Rows, memory-mapped, and labels that are kept in `folder`. What is missing there is written first.
+    """Rows, memory-mapped, labels, and names of classes, kept in `folder`. What is missing is written first.
 
-    prepare() -> (names, labels, encode), with encode(some names) -> their rows. All processes write, each
-    every WORLD-th batch, and mark in done.npy what is written. So a killed writer goes on where it stopped,
-    with any number of processes. A folder that was made from something else than `about` is refused."""
+    prepare() -> (names, labels, encode, classes), with encode(some names) -> their rows. All processes write,
+    each every WORLD-th batch, and mark in done.npy what is written. So a killed writer goes on where it
+    stopped, with any number of processes. A folder made from something else than `about` is refused."""
     paths = {name: folder / f"{name}.npy" for name in ("rows", "done", "labels")}
 
     def load(mode="r"):
@@ -268,13 +286,16 @@ def open_store(folder, prepare, about=None, batch=256):
             rows, done = (np.load(paths[name], mmap_mode=mode) for name in ("rows", "done"))
             labels = np.load(paths["labels"])
             whole = rows.ndim == 4 and len(rows) == len(done) == len(labels) > 0
-            return (rows, done, labels) if whole and labels.dtype.kind in "iu" and labels.min() >= 0 else None
+            known = (folder / "classes.json").exists()  # not in stores of earlier versions
+            classes = json.loads((folder / "classes.json").read_text()) if known else []
+            whole = whole and labels.dtype.kind in "iu" and labels.min() >= 0
+            return (rows, labels, classes, done) if whole else None
 
     found = load()
     barrier()  # no process writes before all have looked
-    if found and found[1].all():
-        return found[0], found[2]
-    names, labels, encode = prepare()
+    if found and found[3].all():
+        return found[:3]
+    names, labels, encode, classes = prepare()
     with lock_folder(folder, wait=True) if RANK == 0 else contextlib.nullcontext():
         if RANK == 0 and not load():
             first = encode(names[:1])
@@ -284,9 +305,10 @@ def open_store(folder, prepare, about=None, batch=256):
                     with open(paths[name], "r+b") as file:  # a full disk would kill a memory map later
                         getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, file.seek(0, 2))
             atomic_write(paths["labels"], lambda file: np.save(file, np.asarray(labels, np.int64)))
+            atomic_write(folder / "classes.json", lambda file: file.write(json.dumps(classes).encode()))
             atomic_write(folder / "about.json", lambda file: file.write(json.dumps(about).encode()))
         barrier()
-        rows, done, labels = load("r+")
+        rows, _, _, done = load("r+")
         todo = tqdm(range(RANK * batch, len(names), WORLD * batch), desc=f"write {folder.name}", unit="batch",
                     disable=None if RANK == 0 else True)
         for part in (slice(lo, lo + batch) for lo in todo):
@@ -296,36 +318,34 @@ def open_store(folder, prepare, about=None, batch=256):
                 done[part] = 1
                 done.flush()
         barrier()
-    return load()[::2]
+    return load()[:3]
 
 
 def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp")):
-    """Names, labels and read(name) -> bytes of the images in class folders, or in EDM's zip with
-    dataset.json."""
-    with reading(f"--data {root}"):
-        names = sorted(n for n in walk(root) if n.lower().endswith(suffixes)) if root.is_dir() else None
-    if names is not None:
-        tops = [Path(n).parts[0] if len(Path(n).parts) > 1 else "" for n in names]
-        classes = sorted(set(tops))
-        if "" in classes and len(classes) > 1:
-            fail(f"--data {root}: images in class folders and beside them, such as {names[tops.index('')]}")
-        labels = [classes.index(top) for top in tops]
-
-        def read(name):
-            return (root / name).read_bytes()
-    else:
-        with reading(f"--data {root}: neither a folder nor a zip file"):
-            archive = zipfile.ZipFile(root)
-        names = sorted(n for n in archive.namelist() if n.lower().endswith(suffixes))
-        read = archive.read
-        with reading(f"--data {root}: its dataset.json does not give every image a whole number"):
-            table = json.loads(read("dataset.json")) if "dataset.json" in archive.namelist() else {}
-            table = dict(table.get("labels") or {})
-            labels = [table[n] if table else 0 for n in names]
-            assert all(type(v) is int and 0 <= v < len(names) for v in labels), labels[:9]
+    """Names, labels, read(name) -> bytes, and names of classes, of the images in class folders, or in EDM's
+    layout with a dataset.json, a zip or a folder."""
+    with reading(f"--data {root}: neither a folder nor a zip file"):
+        archive = None if root.is_dir() else zipfile.ZipFile(root)
+        found = list(walk(root)) if archive is None else archive.namelist()
+    read = archive.read if archive else lambda name: (root / name).read_bytes()
+    names = sorted(name for name in found if name.lower().endswith(suffixes))
     if not names:
         fail(f"--data {root}: no images ({', '.join(suffixes)}) in it")
-    return names, np.array(labels), read
+    if "dataset.json" in found:
+        with reading(f"--data {root}: its dataset.json does not give every image a whole number"):
+            table = dict(json.loads(read("dataset.json")).get("labels") or {})
+            labels = [table[name] if table else 0 for name in names]
+            if not all(type(v) is int and 0 <= v < len(names) for v in labels):
+                raise ValueError(labels[:9])
+        return names, np.array(labels), read, [str(i) for i in range(max(labels) + 1)]
+    if archive:
+        return names, np.zeros(len(names), int), read, []
+    tops = [Path(name).parts[0] if len(Path(name).parts) > 1 else "" for name in names]
+    classes = sorted(set(tops))
+    if "" in classes and len(classes) > 1:
+        fail(f"--data {root}: images in class folders and beside them, such as {names[tops.index('')]}")
+    number = {name: i for i, name in enumerate(classes)}
+    return names, np.array([number[top] for top in tops]), read, [] if "" in classes else classes
 
 
 def walk(root):
@@ -344,7 +364,8 @@ def decode(name, read, size):
     """The image as uint8 (3, H, W), cropped and resized to size pixels, or as it is if size is 0."""
     with reading(f"cannot read the image {name}"):
         image = Image.open(io.BytesIO(read(name)))
-        assert image.mode[0] not in "IF", f"{image.mode} pixels, only 8-bit images are read"
+        if image.mode[0] in "IF":
+            raise ValueError(f"{image.mode} pixels, only 8-bit images are read")
         image = image.convert("RGB")
     return np.asarray(centre_crop(image, size) if size else image).transpose(2, 0, 1)
 

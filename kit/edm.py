@@ -117,6 +117,16 @@ def module_tensors(record, prefix="", seen=None):
     return found
 
 
+POSTHOC = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions"
+PUBLISHED = {  # NVIDIA's names and where the files are, of lowest FID without guidance
+    **{f"edm2-img512-{size}": f"{POSTHOC}/edm2-img512-{size}-{rest}.pkl" for size, rest in dict(
+        s="2147483-0.130", m="2147483-0.100", l="1879048-0.085", xl="1342177-0.085",
+        xxl="0939524-0.070").items()},
+    **{f"edm2-img64-{size}": f"{POSTHOC}/edm2-img64-{size}-{rest}.pkl" for size, rest in dict(
+        s="1073741-0.075", m="2147483-0.060", l="1073741-0.040", xl="0671088-0.040").items()},
+    **{f"edm-cifar10-{kind}": f"https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-{kind}-vp.pkl"
+       for kind in ("uncond", "cond")}}
+
 EDM_FIXED = dict(  # what these networks could do otherwise and ours cannot
     edm2=dict(channel_mult_noise=None, channel_mult_emb=None, channels_per_head=64, label_balance=0.5,
               concat_balance=0.5, res_balance=0.3, attn_balance=0.3, clip_act=256, resample_filter=[1, 1]),
@@ -133,7 +143,7 @@ EDM_DROPPED = "logvar|map_augment|resample_filter"  # the loss's head; augmentat
 def read_edm(path):
     """A snapshot of EDM2's U-Net, or of DDPM++ by EDM or ECT (a dict with `ema`), in the form of our
     checkpoints; the name of its class stands for the script. ECT's is a consistency model, which a script can
-    sample that says how (Config.foreign)."""
+    sample that says how (Config.foreign). None of these networks was trained with dropped labels."""
     content = read_pickle(path)
     with reading(f"{path} is no snapshot of EDM2's U-Net, or of DDPM++ by EDM or ECT"):
         kind = content["ema"].class_name
@@ -153,6 +163,9 @@ def read_edm(path):
                        channel_mult=tuple(kw["channel_mult"]), attention=tuple(kw["attn_resolutions"]),
                        emb="fourier" if arch == "edm2" else "positional", c_noise="log")
         shape = (kw["img_channels"], kw["img_resolution"], kw["img_resolution"])
-    config = options | dict(conditional=classes > 0)
+    mode = "consistency" if kind == "ECMPrecond" else "diffusion"
+    space = "edm2" if arch == "edm2" and shape[0] == 4 else ""
+    config = options | dict(conditional=classes > 0, mode=mode, space=space, label_dropout=0.0)
     options |= dict(shape=shape, classes=classes, sigma_d=kw.get("sigma_data", 0.5), head=False)
-    return dict(script=kind, config=config, options=options, net=weights, ema=weights, step=0, seconds=0.0)
+    return dict(script=kind, foreign=True, config=config, options=options, net=weights, ema=weights, step=0,
+                seconds=0.0)

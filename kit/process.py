@@ -60,6 +60,8 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError of its own for a full disk
+        if isinstance(error.__context__, (KeyboardInterrupt, SystemExit)):  # and one for being interrupted
+            raise error.__context__ from None
         full = shutil.disk_usage(Path(path).parent if Path(path).parent.exists() else ".").free < 2**20
         cause = "No space left on device" if full else str(error)
         fail(f"cannot write {path}: {cause}; what was there before is untouched")
@@ -141,12 +143,22 @@ def lock_folder(folder, wait=False):
 
 
 def download(url, path, md5=""):
-    """Fetch url into path, unless it is there, and check it. All processes call this; rank 0 does it."""
-    if RANK == 0 and not Path(path).exists():
-        with reading(f"cannot download {url}: fetch it yourself and put it at {path}"):
-            with urllib.request.urlopen(url, timeout=60) as response:
-                blob = response.read()
-        if md5 and hashlib.md5(blob).hexdigest() != md5:
-            fail(f"{url} arrived damaged (its MD5 is not {md5}): try again")
-        atomic_write(path, lambda file: file.write(blob))
+    """Fetch url into path, unless it is there: whole or not at all. All processes call this; rank 0 does
+    it."""
+    path = Path(path)
+
+    def fetch(file):
+        with reading(f"cannot download {url}: fetch it yourself and put it at {path}"), \
+                urllib.request.urlopen(url, timeout=60) as response:
+            size, digest = int(response.headers.get("Content-Length", 0)), hashlib.md5()
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+                while chunk := response.read(2**20):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+            if size > file.tell() or md5 not in ("", digest.hexdigest()):
+                raise OSError(f"it arrived damaged: {file.tell()} of {size} bytes, MD5 {digest.hexdigest()}")
+
+    if RANK == 0 and not path.exists():
+        atomic_write(path, fetch)
     barrier()

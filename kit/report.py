@@ -2,8 +2,8 @@
 from common import Draw, ode_times, solve
 from kit.config import dataset, to_pixels
 from kit.metrics import energy_distance, rms
-from kit.process import RANK, atomic_write, fail
-from kit.teachers import load_net
+from kit.process import RANK, atomic_write, fail, reading
+from kit.teachers import load_net, read_checkpoint
 from kit.text import TextToImage
 from kit.toys import exact_ode
 
@@ -114,11 +114,34 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
     print(f"{step} steps, {metrics['seconds']:.0f} s; wrote {run.out}/samples-{step:06d}.png")
 
 
+def export(cfg):
+    """--export FOLDER: the averaged network as model.safetensors, and config.json with the arguments of
+    kit.networks.build, the script's name and the mode. Of a text-to-image run, its adapters."""
+    net, folder = load_net(cfg.out), Path(cfg.export)
+    if isinstance(net, TextToImage):
+        folder.mkdir(parents=True, exist_ok=True)
+        return net.export(folder, cfg.inference())
+    from safetensors.torch import save
+    known = read_checkpoint(cfg.out)
+    about = dict(options=known["options"], script=known["script"], mode=cfg.mode)
+    weights = save({k: v.contiguous() for k, v in net.state_dict().items() if not k.startswith("extra.")})
+    atomic_write(folder / "model.safetensors", lambda file: file.write(weights))
+    atomic_write(folder / "config.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
+    print(f"wrote {folder}/model.safetensors and config.json")
+
+
 def write_npz(path, x, labels):
     """ADM's .npz: arr_0 holds points (N, D) or uint8 (N, H, W, 3), arr_1 the labels (N,) if there are any."""
     labels = {} if labels is None else dict(arr_1=labels.cpu().numpy())
     array = x.numpy() if x.ndim == 2 else x.permute(0, 2, 3, 1).numpy()
     atomic_write(path, lambda file: np.savez(file, arr_0=array, **labels))
+
+
+def place(out):
+    """Where to put what a run has sampled: its folder, that of a file, or of a hub id one in out/."""
+    path = Path(out)
+    with reading(f"cannot read {out}"):
+        return str(path if path.is_dir() else path.parent if path.is_file() else Path("out", path.stem))
 
 
 @torch.no_grad()
@@ -141,7 +164,7 @@ def write_samples(cfg, sample):
         parts.append(sample(net, noise, y, cfg.nfe, cfg, gen).cpu())
         labels.append(y)
     x = torch.cat(parts)
-    path = Path(cfg.save or f"{cfg.out}/samples.png")
+    path = Path(cfg.save or f"{place(cfg.out)}/samples.png")
     values = torch.cat([to_pixels(part.to(device), cfg).cpu() for part in parts])
     if len(shape) == 1:
         fresh, _ = dataset(cfg).batch(Draw(cfg.seed, 2**32, 0, min(len(x), 5000)))

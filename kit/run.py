@@ -3,7 +3,7 @@ from kit.config import dataset, kind
 from kit.networks import build
 from kit.process import (HINTS, RANK, WORLD, atomic_write, barrier, end_at_sigterm, fail, lock_folder,
                          reading, start_processes, writing)
-from kit.teachers import load_teacher, network, read_checkpoint
+from kit.teachers import load_teacher, network, read_checkpoint, shorten
 from kit.text import Captions, TextToImage
 from kit.toys import Mixture
 
@@ -146,6 +146,8 @@ class Run:
     def wrap(self, net):
         """The network that takes gradients, compiled and in DistributedDataParallel as the flags want it."""
         self.split(net)
+        if net.options["classes"] and getattr(net, "names", []) and RANK == 0:
+            print(f"classes 0, 1, ..: {shorten(net.names)}")
         if self.cfg.compile:  # with eager random numbers: the JVP is never compiled and needs the same masks
             net = torch.compile(net, options=dict(fallback_random=True))
         return nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
@@ -172,6 +174,10 @@ class Run:
     def resume(self, state):
         """Load everything in `state` from the checkpoint; returns the step to go on from."""
         ckpt = read_checkpoint(self.out)
+        names = getattr(state["net"], "names", [])
+        if ckpt.get("names") and names and ckpt["names"] != names:
+            fail(f"{self.out} was trained with the classes {shorten(ckpt['names'])}; this data has "
+                 f"{shorten(names)}: give the --data of before")
         for name, options in ckpt.get("extra", {}).items():  # what the script has added while training
             if name not in state["ema"].extra:
                 state["ema"].extra[name] = build(options).eval().requires_grad_(False).to(self.device)
@@ -209,11 +215,12 @@ class Run:
         ckpt = {name: part.state_dict() for name, part in state.items()}
         ckpt |= dict(script=Path(inspect.getfile(type(self.cfg))).stem, config=vars(self.cfg), step=step,
                      options=state["net"].options, rng=self.cfg.seed, world=WORLD, micro=self.micro)
+        ckpt["names"] = getattr(state["net"], "names", [])  # of the classes
         ckpt["extra"] = {name: part.options for name, part in state["ema"].extra.items()}
         ckpt["seconds"] = time.time() - self.began
         atomic_write(self.out / "ckpt.pt", lambda file: torch.save(ckpt, file))
         if isinstance(state["ema"], TextToImage):
-            state["ema"].export(self.out)
+            state["ema"].export(self.out, self.cfg.inference())
         HINTS["stopped"] = f"; --resume goes on from the checkpoint in {self.out}"
 
     def steps(self, start):
@@ -238,7 +245,7 @@ class Run:
             with open(self.out / "log.jsonl", "w" if self.new_log else "a") as file:
                 file.write(line + "\n")
         self.new_log = False
-        shown = {k: f"{v:.3g}" for k, v in values.items() if k in ("loss", "mse", "variance")}
+        shown = {k: f"{v:.3g}" for k, v in values.items() if k not in ("lr", "grad_norm")}
         self.bar.set_postfix(shown, refresh=False)
 
 

@@ -1,24 +1,55 @@
 """Checkpoints -> networks: our runs, snapshots of other projects, diffusers; --init and --teacher."""
-from kit.edm import read_edm
+from kit.edm import PUBLISHED, read_edm
 from kit.networks import build
-from kit.process import fail, reading
+from kit.process import download, fail, reading, start_processes
 from kit.text import Epsilon, TextToImage
 
 import dataclasses
 import re
+import urllib.parse
 from pathlib import Path
 
 import torch
+from torch import nn
 
 
-def read_checkpoint(path):
-    """The dict in a run folder's ckpt.pt, or in a file. Loads tensors and plain values only, never code."""
-    path = Path(path)
+KNOWN = f"the known names are {', '.join(PUBLISHED)}"
+
+
+def find(source):
+    """What --teacher, --init and --out may name, as a local path, or as a hub id for diffusers: a folder, a
+    file, an http(s) URL, one of NVIDIA's names, or a hub id. Files are downloaded once, to data/teachers."""
+    source = str(source)
+    with reading(f"cannot read {source}"):
+        there = Path(source).exists()
+    if there:
+        return Path(source)
+    if source in PUBLISHED or re.match("https?://", source):
+        url = PUBLISHED.get(source, source)
+        path = Path("data/teachers", Path(urllib.parse.urlparse(url).path).name)
+        start_processes()  # the others wait for rank 0
+        download(url, path)
+        return path
+    if source == "help":
+        fail(f"{KNOWN}; a run's folder, a file, a URL and a hub id of diffusers will do as well")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not Path(source).parent.exists():
+        return source
+    return Path(source)
+
+
+def read_checkpoint(source):
+    """The dict in a run folder's ckpt.pt or in a file, or one like it of what else `find` knows: `script`, or
+    the class of another project's network; `config`, with its mode and what a student takes over; `options`
+    of the network; `ema`, weights, and the rest of a run. Loads tensors and plain values only, never code."""
+    path = find(source)
+    if is_diffusers(path):
+        return read_diffusers(path)
     with reading(f"cannot read {path}"):
         path = path / "ckpt.pt" if path.is_dir() or not path.suffix else path
         if not path.exists():
             inside = [str(p.parent) for p in sorted(path.parent.glob("*/ckpt.pt"))]
-            fail(f"no checkpoint at {path}" + (f"; there are runs in {', '.join(inside)}" if inside else ""))
+            others = f"; there are runs in {', '.join(inside)}" if inside else f"; {KNOWN}"
+            fail(f"no checkpoint at {path}{others}")
     if path.suffix == ".pkl":
         return read_edm(path)
     with reading(f"{path} is truncated, or no checkpoint"):
@@ -43,45 +74,69 @@ def network(cfg, data, device="cpu", **options):
     options = dict(shape=data.shape, classes=data.classes if cfg.conditional else 0, dropout=cfg.dropout,
                    dropout_res=cfg.dropout_res, dtype=cfg.dtype, **own, **options)
     net = build(options, cfg.seed)
-    net.checkpointing = cfg.checkpointing
+    net.checkpointing, net.names = cfg.checkpointing, getattr(data, "names", [])
     if init_path(vars(cfg)):
         load_init(net, cfg, data)
     return net.to(device)
 
 
-def load_net(path, data=None):
-    """The EMA network of a run, frozen, in eval mode, with the networks that its script has added (`extra`).
-    Ends the program if it does not fit the data. Of a text-to-image run, it knows the data's captions."""
+def load_net(path, data=None, sigma_d=0.5):
+    """The EMA network of a run, or another project's, frozen, in eval mode, with the networks that its script
+    has added (`extra`). Ends the program if it does not fit the data. Of a text-to-image run, it knows the
+    data's captions. sigma_d is that of the caller's coordinates, for networks that have none of their own."""
     ckpt = read_checkpoint(path)
     options, pipeline = ckpt["options"], "pretrained" in ckpt["options"]
     with reading(f"{path} is damaged, or of another version: its weights do not fit its network"):
-        if data and tuple(options["shape"]) != data.shape:
-            fail(f"{path} is a network for shape {tuple(options['shape'])}; this data has {data.shape}")
-        if data and options["classes"] not in (0, data.classes) and not pipeline:
-            fail(f"{path} is a network for {options['classes']} classes; this data has {data.classes}")
-        net = TextToImage(**options) if pipeline else build(options)
-        for name, own in ckpt.get("extra", {}).items():
-            net.extra[name] = build(own)
-        net.load_state_dict(ckpt["ema"])
+        if data and not pipeline:
+            check_fit(path, ckpt, data)
+        if "diffusers" in options:
+            kind = DiffusersCM if ckpt["config"]["mode"] == "consistency" else Diffusers
+            net = kind(**options, sigma_d=sigma_d)
+        else:
+            net = TextToImage(**options) if pipeline else build(options)
+            for name, own in ckpt.get("extra", {}).items():
+                net.extra[name] = build(own)
+            net.load_state_dict(ckpt["ema"])
         if data and pipeline:
             net.text, net.options["classes"] = data.teacher.text, data.classes
     return net.eval().requires_grad_(False)
 
 
+def check_fit(path, ckpt, data):
+    """Ends the program if a checkpoint is for other samples, other classes or other latents than the data."""
+    options, names, space = ckpt["options"], ckpt.get("names"), ckpt["config"].get("space")
+    if tuple(options["shape"]) != data.shape:
+        fail(f"{path} is a network for shape {tuple(options['shape'])}; this data has {data.shape}")
+    if options["classes"] not in (0, data.classes):
+        fail(f"{path} is a network for {options['classes']} classes; this data has {data.classes}")
+    if options["classes"] and names and getattr(data, "names", None) and names != data.names:
+        fail(f"{path} was trained with the classes {shorten(names)}; this data has {shorten(data.names)}, so "
+             "labels would mean something else")
+    if space and getattr(data, "space", space) != space:
+        fail(f"{path} knows latents normalized as {space}, and this data's are {data.space}: encode the "
+             f"images for it, with --space {space} --data IMAGES")
+
+
+def shorten(names):
+    return ", ".join(names[:6]) + f", .. ({len(names)} in all)" * (len(names) > 6)
+
+
 def load_teacher(cfg, data, device):
-    """--teacher: a run, a checkpoint, EDM's snapshot, a UNet2DModel, or exact, the one that comes with the
-    data (the closed form of a mixture, the pipeline of captions); None if there is none."""
+    """--teacher: whatever `find` knows, or exact, the one that comes with the data (the closed form of a
+    mixture, the pipeline of captions); None if there is none."""
     if cfg.teacher == "exact":
         own = getattr(data, "teacher", None)
         return own or fail(f"--teacher exact knows only --dataset gmm, not {cfg.dataset}: give a run folder")
     if not cfg.teacher:
         return None
-    if not is_diffusers(cfg.teacher):
-        return load_net(cfg.teacher, data).to(device)
-    teacher = Diffusers(cfg.teacher, cfg.sigma_d).eval().requires_grad_(False).to(device)
-    if teacher.options["shape"] != data.shape:
-        fail(f"{cfg.teacher} is for {teacher.options['shape']}; this data has {data.shape}")
-    return teacher
+    known = read_checkpoint(cfg.teacher)["config"]
+    if cfg.distills() and known.get("mode", "diffusion") != "diffusion":
+        fail(f"--teacher {cfg.teacher} is no diffusion model, but of --mode {known['mode']}: to go on from "
+             "it, give it with --init")
+    if cfg.distills() and (cfg.guided() or cfg.label_dropout) and not known.get("label_dropout"):
+        fail(f"--teacher {cfg.teacher} was never trained without label, and guidance or --label_dropout asks "
+             "it for that: make one with --mode diffusion --label_dropout 0.1, from this one by --init")
+    return load_net(cfg.teacher, data, cfg.sigma_d).to(device)
 
 
 def load_init(net, cfg, data):
@@ -105,33 +160,74 @@ def load_init(net, cfg, data):
 def init_path(values):
     """The run that the network starts from: --init, or a teacher that is a run; "" if there is neither."""
     path = values.get("init") or values.get("teacher") or ""
-    return "" if path in ("none", "exact") or is_diffusers(path) else path
+    if path in ("", "none", "exact") or not is_diffusers(find(path)):
+        return "" if path in ("none", "exact") else path
+    if values.get("init"):
+        fail(f"--init {path}: a UNet2DModel has another architecture, so it can only be a --teacher")
+    return ""
 
 
 def is_diffusers(path):
-    """Whether path is a folder of diffusers' UNet2DModel, or of a pipeline with one in unet/."""
+    """Whether this is a folder of diffusers' UNet2DModel, or of a pipeline with one in unet/, or a hub id."""
+    if isinstance(path, str):
+        return True
     with reading(f"cannot read {path}"):
         configs = Path(path, "config.json"), Path(path, "unet", "config.json")
         return any(file.is_file() and '"UNet2DModel"' in file.read_text() for file in configs)
 
 
-class Diffusers(Epsilon):
-    """diffusers' UNet2DModel that predicts eps, such as google/ddpm-cifar10-32, as a teacher without
-    labels."""
+def read_diffusers(path):
+    """A UNet2DModel of a folder or the hub in the form of our checkpoints, but for the weights, which its own
+    library loads. The name of its scheduler stands for the script."""
+    from diffusers import DDPMScheduler, UNet2DModel
+    from huggingface_hub.utils import logging
+    logging.set_verbosity_error()  # without network, it would report each of its tries
+    with reading(f"{path} is neither on the hub, nor in its cache, nor a complete folder of UNet2DModel and "
+                 "its scheduler: download it from https://huggingface.co and give the folder"):
+        try:
+            net, parts = UNet2DModel.load_config(path, subfolder="unet"), ("unet", "scheduler")
+        except OSError:
+            net, parts = UNet2DModel.load_config(path), ("", "")
+        scheduler = DDPMScheduler.load_config(path, subfolder=parts[1])
+    classes, size = net.get("num_class_embeds") or 0, net["sample_size"]
+    if net.get("class_embed_type") not in (None, "learned") or net["out_channels"] % net["in_channels"]:
+        fail(f"{path} embeds labels, or has outputs, of a kind that is not known")
+    kind = scheduler["_class_name"]
+    options = dict(diffusers=str(path), parts=parts, shape=(net["in_channels"], size, size), classes=classes)
+    config = dict(conditional=classes > 0, label_dropout=0.0, image_size=size)
+    config["mode"] = "consistency" if kind == "CMStochasticIterativeScheduler" else "diffusion"
+    return dict(script=kind, foreign=True, config=config, options=options, net={}, ema={}, step=0,
+                seconds=0.0)
 
-    def __init__(self, path, sigma_d):
-        from diffusers import DDPMScheduler, UNet2DModel
-        folders = ("unet", "scheduler") if Path(path, "unet").is_dir() else ("", "")
-        with reading(f"{path} is no complete folder of UNet2DModel and its scheduler"):
-            net = UNet2DModel.from_pretrained(Path(path, folders[0]))
-            scheduler = DDPMScheduler.from_pretrained(Path(path, folders[1]))
-        super().__init__(scheduler.betas, sigma_d)
-        self.net, config = net, net.config
-        if config.num_class_embeds or config.class_embed_type or config.out_channels != config.in_channels:
-            fail(f"{path} takes labels or predicts variances: only networks without are known")
-        if scheduler.config.prediction_type != "epsilon":
-            fail(f"{path} predicts {scheduler.config.prediction_type}: only epsilon is known")
-        self.options = dict(shape=(config.in_channels, config.sample_size, config.sample_size), classes=0)
+
+class Diffusers(Epsilon):
+    """diffusers' UNet2DModel that predicts eps or v, such as google/ddpm-cifar10-32, as F = net(x, t, y). Of
+    learned variances the mean is used."""
+
+    def __init__(self, diffusers, parts, shape, classes, sigma_d):
+        from diffusers import DDPMScheduler
+        scheduler = DDPMScheduler.from_pretrained(diffusers, subfolder=parts[1])
+        super().__init__(scheduler.betas, sigma_d, scheduler.config.prediction_type)
+        self.net, self.options = load_unet(diffusers, parts[0]), dict(shape=shape, classes=classes)
 
     def eps(self, z, step, y):
-        return self.net(z, step).sample
+        return self.net(z, step, y if self.options["classes"] else None).sample[:, :z.shape[1]]
+
+
+class DiffusersCM(nn.Module):
+    """One of OpenAI's consistency models, such as openai/diffusers-cd_imagenet64_l2, as F = net(x, t, y). Its
+    input is EDM's, which is ours, and its F is EDM's, which has the other sign."""
+
+    def __init__(self, diffusers, parts, shape, classes, sigma_d):
+        super().__init__()
+        self.net, self.sigma_d = load_unet(diffusers, parts[0]), sigma_d
+        self.options = dict(shape=shape, classes=classes)
+
+    def forward(self, x, t, y=None, guidance=None):
+        time = 250 * torch.log(self.sigma_d * t.double().tan() + 1e-44)
+        return -self.net(x.float(), time.float(), y if self.options["classes"] else None).sample.to(x.dtype)
+
+
+def load_unet(path, part):
+    from diffusers import UNet2DModel
+    return UNet2DModel.from_pretrained(path, subfolder=part)

@@ -7,6 +7,7 @@ from kit.process import fail, reading, writing
 import copy
 import csv
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -19,11 +20,14 @@ class Epsilon(nn.Module):
     y).
 
     Angles become steps along log(sigma / alpha). Beyond the first and last step it is called with those. What
-    extends this says what eps(z, step, y) is, for z of the variance-preserving process."""
+    extends this says what eps(z, step, y) is, for z of the variance-preserving process. It may also be v =
+    alpha eps - sigma x_0, if `prediction` says so, as diffusers calls it."""
 
-    def __init__(self, betas, sigma_d):
+    def __init__(self, betas, sigma_d, prediction="epsilon"):
         super().__init__()
-        self.sigma_d = sigma_d
+        if prediction not in ("epsilon", "v_prediction"):
+            fail(f"a network that predicts {prediction}: only epsilon and v_prediction are known")
+        self.sigma_d, self.prediction = sigma_d, prediction
         abar = (1 - betas.double()).cumprod(0)
         self.register_buffer("log_ratio", (1 / abar - 1).log() / 2, persistent=False)  # log(sigma / alpha)
 
@@ -35,7 +39,10 @@ class Epsilon(nn.Module):
         below, above = self.log_ratio[i - 1], self.log_ratio[i]
         step = (i - 1 + (log - below) / (above - below)).float()
         noisy = self.sigma_d * x / like(t.cos(), x)                                  # x_0 + ratio eps
-        eps = self.eps((noisy * like((1 + ratio**2).rsqrt(), x)).float(), step, y).to(x.dtype)
+        alpha = like((1 + ratio**2).rsqrt(), x)
+        eps = self.eps((noisy * alpha).float(), step, y).to(x.dtype)
+        if self.prediction == "v_prediction":  # alpha v + sigma z = eps, with sigma = ratio alpha
+            eps = alpha * (eps + like(ratio, x) * noisy * alpha)
         return like(t.cos(), x) * eps - like(t.sin() / self.sigma_d, x) * (noisy - like(ratio, x) * eps)
 
 
@@ -45,7 +52,7 @@ LORA = ("to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,c
 
 class TextToImage(Epsilon):
     """The U-Net of a text-to-image pipeline of diffusers, SDXL or Stable Diffusion 1.5, on its latents.
-    Labels are indices of captions (see `text`), -1 for none.
+    Labels are indices of captions, rows of `text`; the last row, -1, is what the pipeline takes for none.
 
     The U-Net is frozen but for LoRA adapters, which are what is trained and all that state_dict() holds. The
     teacher is the same U-Net without them."""
@@ -61,9 +68,7 @@ class TextToImage(Epsilon):
                     pretrained, subfolder="unet", torch_dtype=DTYPES[dtype])
                 unet.requires_grad_(False).enable_gradient_checkpointing()
                 unet.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=LORA))
-        if scheduler.config.prediction_type != "epsilon":
-            fail(f"{pretrained} predicts {scheduler.config.prediction_type}: only epsilon is known")
-        super().__init__(scheduler.betas, sigma_d)
+        super().__init__(scheduler.betas, sigma_d, scheduler.config.prediction_type)
         for p in unet.parameters():
             p.data = p.data.float() if p.requires_grad else p.data
         self.unet, self.adapted, self.text, self.half = unet, adapted, text, DTYPES[dtype]
@@ -97,8 +102,8 @@ class TextToImage(Epsilon):
         # DEPARTS: the authors of Direct CM resize bilinearly, crop at random, and tell SDXL each image's own
         # size and corner; here the crop is the centre, and SDXL is told of an image of just this size, with
         # and without a caption alike
-        known, row, side = (y >= 0).float().cpu(), y.clamp(min=0).cpu(), self.options["image_size"]
-        prompts, pooled = ((table[row] * like(known, table)).to(z) for table in self.text)
+        side = self.options["image_size"]
+        prompts, pooled = (table[y.cpu()].to(z) for table in self.text)
         size = z.new_tensor([side, side, 0, 0, side, side]).expand(len(z), 6)
         added = dict(text_embeds=pooled, time_ids=size) if pooled.numel() else None  # SD 1.5 takes none
         self.unet.enable_adapters() if self.adapted else self.unet.disable_adapters()
@@ -115,26 +120,37 @@ class TextToImage(Epsilon):
         from peft import set_peft_model_state_dict
         set_peft_model_state_dict(self.unet, state)
 
-    def export(self, folder):
-        """Write the adapters as pytorch_lora_weights.safetensors, for diffusers' load_lora_weights."""
+    def export(self, folder, inference):
+        """Write the adapters as pytorch_lora_weights.safetensors, for diffusers' load_lora_weights, and
+        inference.json, what it takes to sample with them. There `ratios`, sigma / alpha of each step, become
+        the timesteps of the pipeline's own schedule."""
         from diffusers import StableDiffusionXLPipeline
+        def nearest(ratio):
+            return int((self.log_ratio - math.log(ratio)).abs().argmin())
+        ratios = inference.pop("ratios", {})
+        inference["timesteps"] = {n: [nearest(ratio) for ratio in row] for n, row in ratios.items()}
         with writing(folder):
             StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=self.state_dict())
+            Path(folder, "inference.json").write_text(json.dumps(inference, indent=1))
 
 
 def read_text(pretrained, captions, device):
-    """Embeddings of captions by a pipeline's text encoders, (N, L, C), and its pooled ones, (N, P); P is 0
-    for SD 1.5."""
+    """Embeddings of captions by a pipeline's text encoders, (N + 1, L, C), and its pooled ones, (N + 1, P); P
+    is 0 for SD 1.5. The last row is what guidance compares with: the empty caption, or zeros where the
+    pipeline's configuration says so, as SDXL's does."""
     from diffusers import DiffusionPipeline
     with reading(f"--pretrained {pretrained} is not a readable SDXL pipeline or SD 1.5"):
         pipe = DiffusionPipeline.from_pretrained(pretrained, unet=None, vae=None).to(device)
-        assert type(pipe).__name__ in ("StableDiffusionXLPipeline", "StableDiffusionPipeline"), type(pipe)
+        if type(pipe).__name__ not in ("StableDiffusionXLPipeline", "StableDiffusionPipeline"):
+            raise ValueError(f"it is a {type(pipe).__name__}")
     rows = []
-    for caption in tqdm(captions, desc="read captions", leave=False, disable=None):
+    for caption in tqdm([*captions, ""], desc="read captions", leave=False, disable=None):
         with torch.no_grad():
             embedding, _, *pooled = pipe.encode_prompt(caption, device=device, num_images_per_prompt=1,
                                                        do_classifier_free_guidance=False)
         rows.append((embedding.cpu(), pooled[0].cpu() if pooled else torch.zeros(1, 0)))
+    if pipe.config.get("force_zeros_for_empty_prompt"):
+        rows[-1] = tuple(torch.zeros_like(row) for row in rows[-1])
     return tuple(torch.cat(column) for column in zip(*rows))
 
 

@@ -84,6 +84,9 @@ def exact_ode(data, noise, y, sigma_d):
     return solve(data, noise.double(), ode_times(EXACT_STEPS, sigma_d), y, sigma_d)
 
 
+SHAPES = [f"{hue} {shape}" for hue in ("warm", "cold") for shape in "disc triangle square pentagon".split()]
+
+
 def draw_shapes(cfg, count=8000):
     """A disc, triangle, square or pentagon, warm or cold (8 classes), drawn by Pillow at 4x and reduced."""
     size = cfg.image_size or 16

@@ -27,11 +27,11 @@ def test_folder_and_zip_are_the_same_images(folder):
             archive.write(path, f"00000/img{i:08d}.png")
             labels.append([f"00000/img{i:08d}.png", "abc".index(path.parent.name)])
         archive.writestr("dataset.json", json.dumps(dict(labels=labels)))
-    a, la = kit.data.image_folder(scm.Config(dataset="folder", data=str(folder)))
-    b, lb = kit.data.image_folder(scm.Config(dataset="folder", data="edm.zip"))
+    a, la, _ = kit.data.image_folder(scm.Config(dataset="folder", data=str(folder)))
+    b, lb, _ = kit.data.image_folder(scm.Config(dataset="folder", data="edm.zip"))
     assert a.shape == (24, 3, 8, 8) and np.array_equal(a, b) and np.array_equal(la, lb)
     assert np.array_equal(a[0], np.asarray(Image.open(names[0])).transpose(2, 0, 1))
-    small, _ = kit.data.image_folder(scm.Config(dataset="folder", data=str(folder), image_size=4))
+    small, _, _ = kit.data.image_folder(scm.Config(dataset="folder", data=str(folder), image_size=4))
     assert np.abs(small.mean((2, 3)) - a.mean((2, 3))).max() < 1  # box halving keeps the mean
 
 
@@ -53,7 +53,7 @@ def test_cifar10_binary_archive():
             info = tarfile.TarInfo("cifar-10-batches-bin/" + name)
             info.size = len(blob)
             archive.addfile(info, io.BytesIO(blob))
-    images, labels = kit.data.cifar10(scm.Config(dataset="cifar10", data="cifar.tar.gz"))
+    images, labels, names = kit.data.cifar10(scm.Config(dataset="cifar10", data="cifar.tar.gz"))
     assert np.array_equal(images.reshape(4, -1), rows[:4, 1:]) and list(labels) == [3, 1, 4, 1]
 
 
@@ -101,7 +101,7 @@ def latents(data="", **kw):
 def test_latents_are_the_autoencoders(folder, vae):
     """Mean and deviation in float16, of pixels in [-1, 1]; samples are normalized by the paper's numbers."""
     data, net = latents(folder), diffusers.AutoencoderKL.from_pretrained("vae")
-    names, labels, read = kit.data.list_images(folder)
+    names, labels, read, _ = kit.data.list_images(folder)
     x = torch.from_numpy(np.stack([kit.data.decode(name, read, 16) for name in names])).float() / 127.5 - 1
     with torch.no_grad():
         posterior = net.encode(x).latent_dist
@@ -127,8 +127,8 @@ def test_decoding_undoes_the_normalization(vae):
     z, net = 3 * torch.randn(2, 4, 8, 8), diffusers.AutoencoderKL.from_pretrained("vae")
     with torch.no_grad():
         pixels = net.decode(z).sample
-    for data, (low, high), half in (("latents", (-1, 1), 0.5), ("latents.zip", (0, 1), 0.0)):
-        cfg = scm.Config(dataset="imagenet512", data=data, vae="vae")
+    for space, (low, high), half in (("signed", (-1, 1), 0.5), ("edm2", (0, 1), 0.0)):
+        cfg = scm.Config(dataset="imagenet512", space=space, vae="vae")
         _, shift, scale = kit.data.latent_space(cfg, "cpu")
         found = kit.to_pixels((z - shift) * 0.5 / scale, cfg)
         expected = ((pixels - low) / (high - low) * 255 + half).clamp(0, 255).floor()
@@ -219,7 +219,7 @@ def test_pixels_are_kept_by_all_processes(tmp_path, monkeypatch):
                     "--channels", 8, "--channel_mult", "1,1", "--blocks", 1))
     cfg, (two,) = scm.Config(dataset="folder", data=str(root)), Path("data/cache").iterdir()
     seen = dies(monkeypatch, 10**9)
-    rows, _ = kit.data.image_folder(cfg)
+    rows, _, _ = kit.data.image_folder(cfg)
     assert len(seen) < 5 and len(rows) == 600  # nothing is decoded again, but for a first look
 
     Path("one").mkdir()
@@ -235,7 +235,7 @@ def test_pixels_are_kept_by_all_processes(tmp_path, monkeypatch):
     for name in ("rows.npy", "labels.npy", "done.npy"):
         assert (one / name).read_bytes() == (tmp_path / two / name).read_bytes()
     (one / "rows.npy").write_bytes((one / "rows.npy").read_bytes()[:-1000])
-    again, labels = kit.data.image_folder(cfg)
+    again, labels, _ = kit.data.image_folder(cfg)
     assert np.array_equal(again, rows) and np.bincount(labels).tolist() == [200] * 3
 
 
@@ -245,7 +245,49 @@ def test_links_to_folders_are_followed_and_loops_end(folder, monkeypatch):
     linked.mkdir()
     for name, target in (("a", folder / "a"), ("b", folder / "b"), ("loop", linked)):
         (linked / name).symlink_to(target)
-    names, labels, _ = kit.data.list_images(linked)
+    names, labels, _, _ = kit.data.list_images(linked)
     assert len(names) == 16 and labels.tolist() == [0] * 8 + [1] * 8
     monkeypatch.chdir(folder)
     assert len(kit.data.list_images(Path("."))[0]) == 24
+
+
+def test_latents_for_edm2s_networks(folder, vae, capsys):
+    """--space edm2 encodes pixels in [0, 1], normalized by EDM2's numbers, into a folder of its own. A store
+    says which it holds, and the other is refused."""
+    data, net = latents(folder, space="edm2"), diffusers.AutoencoderKL.from_pretrained("vae")
+    names, _, read, _ = kit.data.list_images(folder)
+    x = torch.from_numpy(np.stack([kit.data.decode(name, read, 16) for name in names])).float() / 255
+    with torch.no_grad():
+        mean = net.encode(x).latent_dist.mean
+    shift, scale = (torch.tensor(v).view(4, 1, 1)
+                    for v in ([5.81, 3.25, 0.12, -2.15], [4.17, 4.62, 3.71, 3.28]))
+    assert torch.allclose(data.x0(slice(None), "cpu"), (mean - shift) * 0.5 / scale, atol=1e-3)
+    assert data.space == data.cfg.space == "edm2" and data.cfg.data == "data/imagenet512-edm2"
+    assert latents("data/imagenet512-edm2").space == "edm2" and latents(folder).space == "signed"
+    line = fails(capsys, latents, "data/imagenet512", space="edm2")
+    assert "signed" in line and "edm2" in line and "--data IMAGES" in line
+
+
+def test_edms_folder_is_its_zip(folder):
+    """Shard folders with a dataset.json at their root: the classes are its numbers, not the shards."""
+    root = Path("edm")
+    table = []
+    for i, path in enumerate(sorted(folder.rglob("*.png"))):
+        name = f"{i // 10:05d}/img{i:08d}.png"
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(path.read_bytes())
+        table.append([name, i % 4])
+    (root / "dataset.json").write_text(json.dumps(dict(labels=table)))
+    with zipfile.ZipFile("edm.zip", "w") as archive:
+        for path in sorted(root.rglob("*.*")):
+            archive.write(path, path.relative_to(root))
+    found = [kit.data.list_images(Path(name)) for name in ("edm", "edm.zip")]
+    for names, labels, read, classes in found:
+        assert labels.tolist() == [i % 4 for i in range(len(table))] and classes == ["0", "1", "2", "3"]
+        assert names == [name for name, _ in table] and read(names[3]) == (root / names[3]).read_bytes()
+
+
+def test_names_of_classes_stay_with_the_store(folder):
+    """From the folders, and from the store that is made of them."""
+    cfg = scm.Config(dataset="folder", data=str(folder), conditional=True)
+    assert kit.dataset(cfg).names == kit.dataset(cfg).names == ["a", "b", "c"]

@@ -4,7 +4,7 @@ import eval as evaluation
 import kit
 import scm
 import sct
-from conftest import fails
+from conftest import fails, one_line
 
 import contextlib
 import io
@@ -497,3 +497,38 @@ def test_foreign_pickles_are_refused_in_one_line(capsys):
     assert "res_balance 0.4" in fails(capsys, kit.load_net, "odd.pkl")
     Path("x.pkl").write_bytes(b"\x80\x04 nothing")
     assert "cannot read x.pkl" in fails(capsys, scm.main, ["--mode", "scd", "--teacher", "x.pkl"])
+
+
+def test_edm2s_network_is_finetuned_in_one_flag(folder, vae, train):
+    """From images and a snapshot for latents to a TrigFlow teacher and its student: latents in EDM2's space,
+    sizes and weights of the snapshot, the preset's form of the network, label dropout and length."""
+    torch.manual_seed(0)
+    snapshot(Precond(**SMALL | dict(img_channels=4, label_dim=3)), "edm2-img512-tiny.pkl", {})
+    flags = ["--dataset", "imagenet512", "--vae", vae, "--image_size", 16, "--dtype", "fp32", "--batch", 8]
+    words = [str(w) for w in [*flags, "--mode", "diffusion", "--init", "edm2-img512-tiny.pkl"]]
+    cfg = kit.parse_args(scm.Config, scm.PRESETS, scm.LOSSES, words)
+    preset = kit.config.preset(scm.PRESETS, "imagenet512", "diffusion")
+    form = ("c_noise", "emb", "double_norm", "norm_shift", "label_dropout")
+    assert all(getattr(cfg, name) == preset[name] for name in form) and cfg.steps == 20_000
+    assert (cfg.channels, cfg.attention, cfg.space) == (SMALL["model_channels"], (4,), "edm2")
+    tuned = train(*words, "--data", folder, "--steps", 1, "--lr", 0)
+    name = "enc.8x8_block0.conv_res0.weight"
+    kept = kit.networks.pnorm(kit.edm.read_edm("edm2-img512-tiny.pkl")["net"][name], (1, 2, 3))
+    assert torch.allclose(tuned["net"][name], kept, atol=1e-3)
+    assert tuned["options"]["c_noise"] == "t" and tuned["config"]["space"] == "edm2"
+    student = train(*flags, "--steps", 1)
+    assert student["config"]["teacher"] == "out/scm-imagenet512-diffusion"
+    assert student["config"]["space"] == "edm2" and Path("data/imagenet512-edm2").exists()
+
+
+def test_edm2s_network_is_refused_on_other_latents(folder, vae, capsys):
+    """A snapshot of EDM2 and latents of pixels in [-1, 1] do not go together; the line says what does."""
+    snapshot(Precond(**SMALL | dict(img_channels=4, label_dim=3)), "edm2-img512-tiny.pkl", {})
+    words = f"--dataset imagenet512 --vae {vae} --image_size 16 --dtype fp32 --batch 8".split()
+    kit.dataset(scm.Config(dataset="imagenet512", data=str(folder), vae=vae, image_size=16))
+    for flags in (["--teacher"], ["--mode", "sct", "--init"]):
+        flags = ["--guidance_max", "1", *flags, "edm2-img512-tiny.pkl"]
+        line = one_line(capsys, scm.main, *words, "--data", "data/imagenet512", *flags)
+        assert "signed" in line and "edm2" in line and "--data IMAGES" in line
+        line = one_line(capsys, scm.main, *words, *flags)
+        assert "data/imagenet512-edm2" in line and "--data" in line

@@ -127,12 +127,14 @@ def test_a_copy_of_a_script_is_a_script():
 
 def readme_commands():
     blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    lines = [line.split("#")[0].strip() for b in blocks for line in b.replace("\\\n", " ").splitlines()]
+    lines = [part.split("#")[0].strip() for b in blocks for line in b.replace("\\\n", " ").splitlines()
+             for part in line.split("&&")]
     return [line for line in lines if re.match(r"(python|torchrun .*) ?\w+\.py", line)]
 
 
 def test_readme_commands_run(folder):
-    """Every training and sampling command of the README, in order, cut to two steps and small networks."""
+    """Every training and sampling command of the README, in order, cut to two steps and small networks; and
+    the code that loads what one of them has exported."""
     commands = readme_commands()
     assert len(commands) >= 5
     cut = dict(steps=2, batch=8, channels=8, blocks=1, image_size=8, seed=0, overwrite="true")
@@ -147,12 +149,16 @@ def test_readme_commands_run(folder):
         flags = words[words.index(script) + 1:]
         if script == "eval.py":
             flags = ["pixels" if w == "FEATURES.pt" else w for w in flags] + ["--samples", "20"]
-        elif not {"--sample", "--edit", "--search", "--resume"} & set(flags):
+        elif not {"--sample", "--edit", "--search", "--resume", "--export"} & set(flags):
             names = [f"--{k}" for k in cut]
             flags = [w for before, w in zip(["", *flags], flags) if not {w, before} & set(names)]
             flags += [w for k, v in cut.items() for w in (f"--{k}", str(v))
                       if k != "channels" or "--teacher" not in flags]
         __import__(Path(script).stem).main(flags)
+    code, = re.findall(r"^```python\n(import json.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    names = {}
+    exec(code, names)  # our own README, on what its command has exported
+    assert names["x_0"].shape == (1000, 2) and names["x_0"].isfinite().all()
 
 
 def test_readme_links_lead_to_what_they_name():

@@ -315,3 +315,19 @@ def test_batch_reference_ignores_micro_batches(train):
     whole = train(*TOY, "--steps", 3, "--out", "whole", script=sct)
     parts = train(*TOY, "--steps", 3, "--micro", 16, "--out", "parts", script=sct)
     assert all(torch.allclose(whole["net"][k], parts["net"][k], atol=1e-5) for k in whole["net"])
+
+
+def test_class_members_do_not_depend_on_the_micro_batch(folder):
+    """--class_size: x* of a sample is the same whether its part of the global batch is 16 or 4 at once."""
+    cfg = config(dataset="folder", data=str(folder), conditional=True, reference="dataset", class_size=3,
+                 batch=16)
+    data = kit.dataset(cfg)
+    teacher, t = sct.ReferenceSet(data, cfg), torch.full((16,), 0.7, dtype=torch.float64)
+
+    def targets(lo, hi):
+        gen = common.Draw(cfg.seed, 5, lo, hi)
+        x0, y = data.batch(gen)
+        x_t, _ = sct.noisy(x0, t[lo:hi], gen, cfg)
+        return teacher.denoise(x_t, t[lo:hi], y, x0, 5)[0]
+    parts = torch.cat([targets(lo, lo + 4) for lo in range(0, 16, 4)])
+    assert torch.allclose(parts, targets(0, 16), atol=1e-6)

@@ -33,27 +33,27 @@ def test_diffusers_unet_predicts_its_noise(train, folder):
     noise = (1 - abar).sqrt()[:, None, None, None] * eps
     x_0 = (z - noise) / abar.sqrt()[:, None, None, None]  # without clipping
     x_t, t = common.to_trigflow(z.double(), abar.sqrt(), (1 - abar).sqrt(), 0.5)
-    F = kit.teachers.Diffusers("ddpm", 0.5)(x_t / 0.5, t)
+    F = kit.load_net("ddpm")(x_t / 0.5, t)
     cos, sin = t.cos()[:, None, None, None], t.sin()[:, None, None, None]
     assert torch.allclose(F, (cos * 0.5 * eps - sin * x_0) / 0.5, atol=1e-3)
-    assert kit.teachers.Diffusers("ddpm", 0.5)(x_t, torch.full((4,), math.pi / 2).double()).isfinite().all()
+    assert kit.load_net("ddpm")(x_t, torch.full((4,), math.pi / 2).double()).isfinite().all()
     ckpt = train("--dataset", "folder", "--data", folder, "--batch", 8, "--steps", 1, "--channels", 8,
                  "--teacher", "ddpm", "--out", "cd", script=cm)
     assert ckpt["step"] == 1
 
 
 @pytest.mark.parametrize("options, lost, word", [
-    (dict(num_class_embeds=10), "", "labels"), (dict(out_channels=6), "", "variances"),
-    ({}, "diffusion_pytorch_model.safetensors", "complete"), ({}, "scheduler_config.json", "complete")])
+    (dict(class_embed_type="timestep"), "", "labels"), (dict(out_channels=4), "", "outputs"),
+    ({}, "diffusion_pytorch_model.safetensors", "damaged"), ({}, "scheduler_config.json", "complete")])
 def test_other_diffusers_unets_are_refused_in_one_line(options, lost, word, capsys):
-    """Conditional ones, those that predict variances, and folders that lack a file."""
+    """Labels that are no classes, further outputs, and folders that lack a file."""
     diffusers.UNet2DModel(**UNET, **options).save_pretrained("other")
     diffusers.DDPMScheduler(1000).save_pretrained("other")
     if lost:
         Path("other", lost).unlink()
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        kit.teachers.Diffusers("other", 0.5)
+        kit.load_net("other")
     assert word in capsys.readouterr().err.strip().splitlines()[-1]
 
 
@@ -103,7 +103,8 @@ def test_student_starts_from_the_teachers_average(train, folder):
 
 def test_a_checkpoint_of_another_version_is_named_as_such(train, capsys):
     """Weights of other names or sizes, as teacher, to sample from, and to resume."""
-    ckpt = train("--channels", 16, "--blocks", 1, "--batch", 128, "--steps", 1, "--out", "run")
+    small = ["--channels", 16, "--blocks", 1, "--batch", 128, "--steps", 1]
+    ckpt = train("--mode", "diffusion", *small, "--out", "run")
 
     def old(state):
         return {"cond." + name: value for name, value in state.items()}

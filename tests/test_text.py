@@ -165,8 +165,8 @@ def test_the_pipeline_behind_f_is_its_own_eps(words):
 
 
 def test_start_from_trained_adapters_and_other_pipelines(words, pipeline, capsys):
-    """--init RUN starts from its adapters; a pipeline that does not predict eps, and --teacher, are refused.
-    A copy is on the device of the original."""
+    """--init RUN starts from its adapters; a pipeline that predicts neither eps nor v, and --teacher, are
+    refused. A copy is on the device of the original."""
     direct_cm.main([*words, "--out", "run", "--mode", "cm", "--steps", "1"])
     direct_cm.main([*words, "--out", "more", "--mode", "cm", "--steps", "1", "--lr", "0", "--init", "run"])
     a, b = (kit.read_checkpoint(out)["net"] for out in ("run", "more"))
@@ -175,8 +175,8 @@ def test_start_from_trained_adapters_and_other_pipelines(words, pipeline, capsys
     assert config(words).out == "out/direct_cm-text-cm"
     shutil.copytree(pipeline, "v")
     path = Path("v/scheduler/scheduler_config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(prediction_type="v_prediction")))
-    for flags, text in ((["--pretrained", "v"], "v_prediction"), (["--teacher", "run"], "--teacher")):
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(prediction_type="sample")))
+    for flags, text in ((["--pretrained", "v"], "sample"), (["--teacher", "run"], "--teacher")):
         with pytest.raises(SystemExit):
             kit.dataset(config([*words, *flags]))
         assert text in capsys.readouterr().err
@@ -332,3 +332,44 @@ def test_eval_scores_images_and_text(words, pipeline, tmp_path):
     assert b["clip_score"] == pytest.approx(float(cosines.mean()), abs=1e-5) and b["n"] == 3
     assert b["aesthetic_score"] == pytest.approx(float(quality.mean()), rel=1e-4)
     assert a["clip_score"] == pytest.approx(b["clip_score"], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+def test_guided_eps_is_the_pipelines(kind, words, pipeline, request):
+    """Guidance of 1, 1.5 and 9: eps from the embeddings that diffusers' own encode_prompt gives for a caption
+    and for none, which are zeros for SDXL and the empty caption for SD 1.5."""
+    path = pipeline if kind == "sdxl" else request.getfixturevalue("sd15")
+    cfg = config([*words, "--pretrained", path])
+    net = kit.dataset(cfg).teacher
+    pipe = diffusers.DiffusionPipeline.from_pretrained(path)
+    z, t, y = torch.randn(2, *net.options["shape"]), torch.tensor([900, 300]), torch.tensor([3, 5])
+    captions = [Path(words[3], f"{i}.txt").read_text() for i in y]
+    found = pipe.encode_prompt(captions, device="cpu", num_images_per_prompt=1,
+                               do_classifier_free_guidance=True)
+    added = [None, None]
+    if kind == "sdxl":
+        size = torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(2, 6)
+        added = [dict(text_embeds=pooled, time_ids=size) for pooled in found[2:]]
+    with torch.no_grad():
+        eps, none = (pipe.unet(z, t, prompt, added_cond_kwargs=more).sample
+                     for prompt, more in zip(found, added))
+        for w in (1.0, 1.5, 9.0):
+            _, ours = direct_cm.predict(net, z, t, y, cfg, w)
+            expected = none + w * (eps - none)
+            assert (ours - expected).norm() < 1e-4 * w * expected.norm(), w
+
+
+def test_the_file_beside_the_adapters_says_how_to_sample(words, pipeline):
+    """The pipeline with the adapters, the scheduler and the timesteps of inference.json draws our latent."""
+    direct_cm.main([*words, "--mode", "cm", "--steps", "2", "--first_label", "0", "--out", "run"])
+    said = json.loads(Path("run/inference.json").read_text())
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(pipeline)
+    pipe.load_lora_weights("run", weight_name="pytorch_lora_weights.safetensors")
+    pipe.scheduler = getattr(diffusers, said["scheduler"]).from_config(pipe.scheduler.config)
+    net = kit.load_net("run")
+    net.read(["a disc"])
+    noise = torch.randn(1, *net.options["shape"], generator=torch.Generator().manual_seed(0))
+    theirs = pipe("a disc", timesteps=said["timesteps"]["1"], guidance_scale=said["guidance_scale"],
+                  height=16, width=16, latents=noise, output_type="latent").images
+    ours = direct_cm.sample(net, noise, torch.tensor([0]), 1, config(words), None)
+    assert (ours - theirs).norm() < 1e-2 * theirs.norm()
