@@ -48,7 +48,7 @@ class Config(kit.Config):
     P_std: float = 2.0  # standard deviation of log(t)
     points: int = kit.flag(18, least=2)  # cd: N, points of the grid
     intervals: int = kit.flag(1280, least=1)  # ct, ict: s1, intervals of the grid at the end of training
-    intervals_start: int = kit.flag(10, least=1)  # s0: at first the grid has as many points (ct) or intervals
+    intervals_start: int = kit.flag(10, least=1)  # s0: points (ct) or intervals (ict) at the start
     mu: float = kit.flag(0.0, most=1)  # decay of the target's average, of ct at first; 0 is the live network
     solver: Literal["heun", "euler", "ddim"] = "heun"  # of cd; euler and ddim are the same here
     metric: Literal["l1", "l2", "huber", "lpips", "lpips_avg"] = "l2"  # distance d; lpips_avg pools by means
@@ -140,7 +140,7 @@ def target_decay(step, cfg):
     # DEPARTS: paper exp(s0 log(mu0) / N(k)); here N(k) - 1, as in OpenAI's code, which made its results
     if cfg.mode == "ct" and cfg.mu:
         return math.exp(cfg.intervals_start * math.log(cfg.mu) / (grid_points(step, cfg) - 1))
-    return 0.0 if cfg.mode == "ict" else cfg.mu
+    return cfg.mu
 
 
 def times(gen, step, cfg):
@@ -181,7 +181,7 @@ def f(net, x_t, t, y, cfg, sigma_min=0.002, return_w=False):
     """EDM's preconditioning, shifted by sigma_min in c_skip's denominator and in c_out, so that f = x there.
     With return_w also the weighting head's w(t).
 
-    The network sees unit variance and TrigFlow's angle, and its F has the other sign (see common.py)."""
+    Our network takes unit variance and TrigFlow's angle, and its F is minus EDM's (see common.py)."""
     sd = cfg.sigma_d
     inputs = like((t**2 + sd**2).rsqrt(), x_t) * x_t, torch.atan(t / sd), y
     F, w = net(*inputs, return_w=True) if return_w else (net(*inputs), None)
@@ -204,7 +204,8 @@ def vgg(device, pool):
         import lpips as package
     except ImportError:
         kit.fail("--metric lpips needs a package that is not in requirements.txt: pip install lpips")
-    net = package.LPIPS(net="vgg", verbose=False)
+    with kit.reading("--metric lpips needs VGG-16's weights, which torchvision downloads once"):
+        net = package.LPIPS(net="vgg", verbose=False)
     for part in list(net.net.modules()):
         for name, layer in part.named_children():
             if isinstance(layer, torch.nn.MaxPool2d):
@@ -320,7 +321,7 @@ def sample(net, noise, y, nfe, cfg, gen):
         if i:
             x = x + math.sqrt(sigma**2 - 0.002**2) * gen.normal(*x.shape[1:])
         x = f(net, x, torch.full(x.shape[:1], sigma, dtype=torch.float64, device=x.device), y, cfg)
-        x = x.clamp(-1, 1) if x.ndim == 4 else x
+        x = x.clamp(-1, 1) if x.ndim == 4 and not cfg.space else x  # pixels, neither points nor latents
     return x
 
 
@@ -336,8 +337,12 @@ def train(cfg):
     optimizer = kit.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
     state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
-    start = run.resume(state) if cfg.resume else 0
+    start = run.begin(state, data, teacher)
     wrapped = run.wrap(net)  # takes the gradients; the bare net does everything else
+
+    def show(step):
+        kit.report(cfg, run, step, sample, ema, data, teacher, (1, 2))  # <- method
+
     for step in run.steps(start):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg)
@@ -362,10 +367,11 @@ def train(cfg):
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
             run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
-        if done % cfg.save_every == 0 or done in (1, cfg.steps):
+        if run.due(done):
             run.save(state, done)
-        if done % cfg.sample_every == 0 or done == cfg.steps:
-            kit.report(cfg, run, done, sample, ema, data, teacher, (1, 2))  # <- method
+        if done % cfg.sample_every == 0 and done < cfg.steps:
+            show(done)
+    show(cfg.steps)
 
 
 # -------------------------------------------------------------------------------------------------- extras
@@ -403,7 +409,7 @@ def edit(net, cfg):
     noises at level 80, and blend, which is ours, from points between two noised images."""
     x, other, mask = (kit.read_image(path, net.options["shape"]) for path in (cfg.input, cfg.other, cfg.mask))
     first = cfg.sigma or (1.0 if cfg.edit in ("stroke", "denoise", "blend") else 80.0)
-    y = torch.tensor([max(cfg.label, 0)]) if net.options["classes"] else None
+    y = torch.tensor([cfg.label]) if net.options["classes"] else None
     gen = common.Draw(cfg.seed, 0, 0, 1)
 
     def estimate(x_t, sigma):
@@ -456,8 +462,10 @@ def search(cfg, n=2000):
 def write_edit(cfg):
     """--edit: write a picture of the input, what the network is given of it, and the result."""
     net, path = kit.load_net(cfg.out), cfg.save or f"{kit.place(cfg.out)}/edit-{cfg.edit}.png"
-    if cfg.label >= max(net.options["classes"], 1):
-        kit.fail(f"--label {cfg.label}: the network has {net.options['classes']} classes")
+    classes = net.options["classes"]
+    if not (0 if classes else -1) <= cfg.label < max(classes, 1):
+        kit.fail(f"--edit needs --label 0..{classes - 1} for this network" if classes else
+                 f"--label {cfg.label}: the network has no classes")
     if len(net.options["shape"]) == 1 or net.options["shape"][1] % cfg.patch:
         kit.fail("--edit needs a run on images, and --patch must divide their size")
     kit.panels({title: kit.to_pixels(x, cfg) for title, x in edit(net, cfg).items()}, path)

@@ -69,10 +69,9 @@ def learning_rate(step, cfg):
 
 
 def ema_beta(step, cfg):
-    """Decay of the averaged weights at `step` (from 1): that of half-life ema_halflife in samples, with EDM's
-    ramp-up no longer than a share of those seen, or EDM2's power function. With relative width s, beta =
-    (1 - 1 / step)^(gamma + 1), gamma the largest root of g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2) = 0 (EDM2,
-    Sec. 3.1)."""
+    """Decay of the averaged weights at step 1, 2, ..: with a half-life of ema_halflife samples (at most the
+    share ema_rampup of those seen, EDM), or EDM2's power function of relative width s (Sec. 3.1): beta =
+    (1 - 1 / step)^(gamma + 1), gamma the largest root of g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2) = 0."""
     if cfg.ema_sigma_rel:
         gamma = np.roots([1, 7, 16 - cfg.ema_sigma_rel**-2, 12 - cfg.ema_sigma_rel**-2]).real.max()
         return (1 - 1 / step) ** (gamma + 1)

@@ -47,7 +47,7 @@ import torch
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config(kit.Config):
-    maker = "scm"  # of teachers
+    maker = "scm"  # makes this script's teachers
     mode: str = kit.fixed("both")  # training objective; both trains the two students one after the other
     intervals: int = kit.flag(100, least=1)  # N, solver steps from noise to data; divides 1000
     hops: int = 0  # cm: solver steps before f^- takes over; 0 is one
@@ -58,9 +58,11 @@ class Config(kit.Config):
     def distills(self):
         return True
 
+    def guides_teacher(self):
+        return self.guidance != 1
+
     def inference(self):
-        levels = {n: torch.tensor(labels(n, self)) for n in (1, 2, 4)}
-        ratios = {n: (1 / ABAR[t] - 1).sqrt().tolist() for n, t in levels.items()}
+        ratios = {n: (1 / ABAR[levels(n, self)] - 1).sqrt().tolist() for n in (1, 2, 4)}
         return dict(scheduler="LCMScheduler", guidance_scale=1.0, ratios=ratios)
 
     def check(self):
@@ -150,8 +152,8 @@ def solve(teacher, z_t, t, s, y, cfg):
     z, now, stride = z_t.clone(), t.clone(), 1000 // cfg.intervals
     while (now > s).any():
         rows = (now > s).nonzero()[:, 0]
-        labels = None if y is None else y[rows]
-        z[rows] = ode_step(teacher, z[rows], now[rows], now[rows] - stride, labels, cfg)
+        y_rows = None if y is None else y[rows]
+        z[rows] = ode_step(teacher, z[rows], now[rows], now[rows] - stride, y_rows, cfg)
         now[rows] -= stride
     return z
 
@@ -202,7 +204,7 @@ LOSSES = {"cm": cm, "direct": direct, "both": None}  # both: see extras
 
 
 # ------------------------------------------------------------------------------------------------- sampler
-def labels(nfe, cfg):
+def levels(nfe, cfg):
     """The nfe levels of the sampler, spread over the grid from label 1000 down; halves go to the even index,
     as in the authors' code."""
     return [1000 - 1000 // cfg.intervals * round(i * cfg.intervals / nfe) for i in range(nfe)]
@@ -212,7 +214,7 @@ def labels(nfe, cfg):
 def sample(net, noise, y, nfe, cfg, gen):
     """noise ~ N(0, sigma_d^2 I) (B, ...) -> x_0: f, noise of the next level, f, and so on."""
     z = noise / cfg.sigma_d
-    for i, label in enumerate(labels(nfe, cfg)):
+    for i, label in enumerate(levels(nfe, cfg)):
         t = torch.full(z.shape[:1], label, device=z.device)
         if i:
             alpha, sigma = alpha_sigma(t)
@@ -232,8 +234,12 @@ def train(cfg):
     optimizer = kit.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
     state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
-    start = run.resume(state) if cfg.resume else 0
+    start = run.begin(state, data, teacher)
     wrapped = run.wrap(net)  # takes the gradients; the bare net does everything else
+
+    def show(step):
+        kit.report(cfg, run, step, sample, ema, data, teacher, (1, 2, 4))  # <- method
+
     for step in run.steps(start):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg)
@@ -257,10 +263,11 @@ def train(cfg):
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
             run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
-        if done % cfg.save_every == 0 or done in (1, cfg.steps):
+        if run.due(done):
             run.save(state, done)
-        if done % cfg.sample_every == 0 or done == cfg.steps:
-            kit.report(cfg, run, done, sample, ema, data, teacher, (1, 2, 4))  # <- method
+        if done % cfg.sample_every == 0 and done < cfg.steps:
+            show(done)
+    show(cfg.steps)
 
 
 # -------------------------------------------------------------------------------------------------- extras
@@ -274,10 +281,14 @@ def solution(teacher, noise, y, cfg):
 def both(cfg):
     """Train the two students from the same weights, data, times and noise, and say how to compare them."""
     paths = {mode: f"{cfg.out}/{mode}" for mode in ("cm", "direct")}
-    if not cfg.overwrite and any(Path(path, "ckpt.pt").exists() for path in paths.values()):
-        kit.fail(f"{cfg.out} holds students already: --overwrite both, or --resume --out {paths['cm']}")
+    there = [path for path in paths.values() if Path(path, "ckpt.pt").exists()]
+    if there and not (cfg.overwrite or cfg.resume):
+        kit.fail(f"{cfg.out} holds students already: --overwrite or --resume both, or choose another --out")
     for mode, path in paths.items():
-        train(replace(cfg, mode=mode, out=path))
+        if cfg.resume and path in there:
+            train(kit.parse_args(Config, PRESETS, LOSSES, ["--resume", "--out", path]))
+        else:
+            train(replace(cfg, mode=mode, out=path, resume=False))
     if kit.RANK == 0:
         print(f"the paper's table: python eval.py {' '.join(paths.values())} --reference teacher")
 

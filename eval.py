@@ -34,9 +34,10 @@ from kit.metrics import (Moments, Reference, energy_distance, image_metrics, mod
                          sliced_wasserstein)
 from kit.process import RANK, WORLD, atomic_write, barrier, download, fail, reading, start_processes
 from kit.report import density, grid, write_npz
-from kit.toys import exact_ode
+from kit.toys import Mixture, exact_ode
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -79,6 +80,8 @@ class Run:
             fail(f"{path} names an unknown script, {name!r}")
         self.path, self.seed, self.device = path, seed, device
         self.script = importlib.import_module(name)
+        if not all(hasattr(self.script, part) for part in ("Config", "LOSSES", "sample")):
+            fail(f"{path} names {name}.py as its script, which is none")
         self.cfg = make_config(self.script.Config, ckpt["config"] | foreign_values(self.script.Config, ckpt))
         self.columns = dict(run=str(path), method=name, mode=self.cfg.mode, seconds=round(ckpt["seconds"]),
                             samples_seen=ckpt["step"] * self.cfg.batch)
@@ -197,6 +200,7 @@ def read_npz(path):
 def adm_samples(file, path):
     """Points (N, D), or images as uint8 (N, 3, H, W), from the arrays of an .npz in ADM's layout."""
     x = file.get("arr_0")
+    x = x if isinstance(x, np.ndarray) else None
     images = x is not None and x.ndim == 4 and x.dtype == np.uint8 and x.shape[3] == 3
     points = x is not None and x.ndim == 2 and x.dtype.kind == "f" and np.isfinite(x).all()
     if not (images or points):
@@ -272,18 +276,23 @@ def load_reference(args, cfg, features):
         if images.ndim == 2:
             fail(f"--reference {path} holds points, not images")
     else:
-        if not path and (not cfg or cfg.dataset == "imagenet512"):
+        mine = cfg.own_dataset("cpu") if cfg and not path else None
+        if mine is None and not path and (not cfg or cfg.dataset == "imagenet512"):
             fail("samples and latents need --reference: class folders, a zip, or a file of statistics")
         own = (vars(cfg) if cfg else {}) | dict(image_size=args.image_size or getattr(cfg, "image_size", 0))
         other = dict(dataset="folder", data=path) if path else {}
         other |= dict(dataset="folder") if own.get("dataset") == "text" else {}
         plain = dict(conditional=False, channel_mult=(1,), flip=False)  # no labels, no network to fit
-        images = kit.dataset(SimpleNamespace(**own | other | plain)).rows
+        if mine is None:
+            images = kit.dataset(SimpleNamespace(**own | other | plain)).rows
+        else:
+            x0, _ = mine.batch(common.Draw(0, 2**34, 0, KEEP))
+            images = kit.to_pixels(x0, cfg).numpy()
     if len(images) < 2:
         fail("one reference image has no covariance: give --reference more")
     table = cached_statistics(images, features, args)
     moments = file if "mu" in file and args.features == "inception" else table
-    return Reference(*read_moments(moments, path), torch.from_numpy(table["features"]))
+    return Reference(*read_moments(moments, path), torch.from_numpy(table["features"]), images.shape[1:])
 
 
 def cached_statistics(images, features, args):
@@ -428,29 +437,41 @@ def measure(run, samples, nfe, n, reference, args, tools):
     if "error" in samples:
         row["ode_error"] = samples["error"].mean().sqrt().item()
     if x.ndim == 2:
-        row |= point_metrics(run, samples, nfe, reference)
+        row |= point_metrics(run, samples, nfe, reference, args)
     elif nfe != "teacher":
         row |= measure_images(samples, reference)
+        if n <= len(reference.mean):
+            row["note"] = f"{n} samples for {len(reference.mean)} features: the distance is biased upwards"
+    if n < args.samples:
+        row["note"] = "; ".join(filter(None, [row.get("note"), f"{n} samples instead of {args.samples}"]))
     row |= {name: samples[name].double().mean().item() for name in ("clip_score", "aesthetic_score")
             if name in samples}
     return row, density(x, 160) if x.ndim == 2 else grid(x[:SHOWN], SHOWN)
 
 
 def measure_images(samples, reference):
+    size = tuple(samples["x"].shape[1:])
+    if reference.shape not in (None, size):
+        fail(f"samples have the shape {size} and the images of --reference {reference.shape}: give "
+             f"--image_size {size[1]}")
     if len(reference.mean) != samples["features"].shape[1]:
         fail(f"--reference has {len(reference.mean)} features an image, --features gives "
              f"{samples['features'].shape[1]}")
     return image_metrics(samples["moments"], samples["features"], samples.get("probabilities"), reference)
 
 
-def point_metrics(run, samples, nfe, reference):
+def point_metrics(run, samples, nfe, reference, args):
     """Against fresh data and the exact ODE, or against the points that the teacher samples."""
     if not run.cfg:
         fail("points from a file say nothing of their data: give the run's folder")
+    if reference is None and args.reference:
+        fail(f"--reference {args.reference} is for images, and {run.path} samples points")
     x, data, cfg = samples["x"], kit.dataset(run.cfg), run.cfg
     fresh = data.batch(common.Draw(0, 2**32, 0, len(x)))[0] if reference is None else reference
-    row = dict(energy_distance=energy_distance(x, fresh), mode_shares=mode_shares(x, data),
-               sliced_wasserstein=sliced_wasserstein(x, fresh))
+    row = dict(energy_distance=energy_distance(x, fresh), sliced_wasserstein=sliced_wasserstein(x, fresh))
+    if not isinstance(data, Mixture):
+        return row
+    row["mode_shares"] = mode_shares(x, data)
     segments = getattr(cfg, "student_steps", 0) or getattr(cfg, "phases", 1) > 1
     if reference is None and (nfe == 1 or cfg.mode == "diffusion" or segments):
         # the others add noise, so they solve no ODE
@@ -462,7 +483,7 @@ def point_metrics(run, samples, nfe, reference):
 def image_reference(run, args, tools):
     """The Reference of --reference, or of the run's own data; loaded once for all runs that have the same."""
     size = args.image_size or getattr(run.cfg, "image_size", 0)
-    key = args.reference or run.cfg and (run.cfg.dataset, run.cfg.data), size
+    key = args.reference or run.cfg and (type(run.cfg).__module__, run.cfg.dataset, run.cfg.data), size
     if key not in tools.references:
         tools.references[key] = load_reference(args, run.cfg, tools.features)
     return tools.references[key]
@@ -485,11 +506,6 @@ def table(rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def spread(values, digits):
-    """Mean (lowest-highest)."""
-    return f"{sum(values) / len(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
 def parse_args(argv):
     parser = argparse.ArgumentParser("eval.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
@@ -508,8 +524,9 @@ def parse_args(argv):
     parser.add_argument("--write", action="store_true", help="write the samples to --out, as ADM's .npz")
     parser.add_argument("--out", help="folder to write to [the first run's]")
     args = parser.parse_args(argv)
-    if min(args.nfe + [args.samples - 1, args.batch]) < 1:
-        fail("--samples must be at least 2, --nfe and --batch at least 1")
+    if args.samples > 10**8 or min(args.nfe + [args.samples - 1, args.batch, args.image_size + 1]) < 1:
+        fail("--samples must be at least 2 and at most 10^8, --nfe and --batch at least 1, --image_size at "
+             "least 0")
     with reading(f"cannot read --reference {args.reference}"):
         if args.reference not in (None, "teacher") and not Path(args.reference).exists():
             fail(f"there is no --reference {args.reference}")
@@ -528,10 +545,11 @@ def main(argv=None):
     if RANK == 0:
         rows = [row for row, _ in found.values()]
         sheet = {f"{title(path, args.runs)}, {nfe} NFE": image for (path, nfe), (_, image) in found.items()}
-        print(table(rows))
         text = json.dumps(rows, indent=1).encode()
         atomic_write(Path(args.out, "eval.json"), lambda file: file.write(text))
         kit.panels(sheet, Path(args.out, "eval.png"), len(args.nfe) if "energy_distance" in rows[0] else 1)
+        with contextlib.suppress(BrokenPipeError):  # whoever reads may stop early
+            print(table(rows), flush=True)
 
 
 def make_tools(args, device):

@@ -64,6 +64,9 @@ class Config(kit.Config):
     def distills(self):
         return self.mode in ("cd", "pd")
 
+    def guides_teacher(self):
+        return self.guidance != 1
+
     def inference(self):
         n = self.student_steps
         ratios = [math.tan(math.pi / 2 * min(i / n, 1 - 1e-9)) for i in range(n, 0, -1)]
@@ -241,8 +244,10 @@ def ode_step(teacher, z_t, t, s, y, cfg, x0):
         x_star = common.guide(x, f(teacher, z_t, t, torch.full_like(y, -1), cfg), cfg.guidance)
     if cfg.solver == "ddim":
         return ddim(x_star, z_t, t, s, cfg)
-    measured = cfg.x_var_frac * (x - x0).square().flatten(1).mean(1)
-    return addim(x_star, z_t, measured if cfg.x_var_frac else analytic_variance(t, cfg), t, s, cfg)
+    x_var = analytic_variance(t, cfg)
+    if cfg.x_var_frac:
+        x_var = cfg.x_var_frac * (x - x0).square().flatten(1).mean(1)
+    return addim(x_star, z_t, x_var, t, s, cfg)
 
 
 def cd(net, target, teacher, x0, y, step, cfg, gen):
@@ -298,7 +303,7 @@ def sample(net, noise, y, nfe, cfg, gen, x_var=None, path=None):
         t, s = (torch.full(z.shape[:1], j / nfe, dtype=torch.float64, device=z.device) for j in (i, i - 1))
         x = f(net, z, t, y, cfg)
         if path is not None:
-            part = torch.arange(PATH // nfe) / (PATH // nfe)
+            part = torch.arange(PATH_STATES // nfe) / (PATH_STATES // nfe)
             path += [ddim(x, z, t, t + u * (s - t), cfg) for u in part]
         if cfg.mode == "diffusion" and cfg.solver == "addim":
             z = addim(x, z, analytic_variance(t, cfg) if x_var is None else x_var[i - 1], t, s, cfg)
@@ -332,8 +337,14 @@ def train(cfg):
     optimizer = kit.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
     state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
-    start = run.resume(state) if cfg.resume else 0
+    start = run.begin(state, data, teacher)
     wrapped = run.wrap(net)  # takes the gradients; the bare net does everything else
+
+    def show(step):
+        kit.report(cfg, run, step, sample, ema, data, teacher, (cfg.student_steps,))  # <- method
+        if teacher is data and cfg.mode != "diffusion" and kit.RANK == 0:  # <- method: a mixture
+            compare(cfg, teacher)  # <- method
+
     for step in run.steps(start):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg)
@@ -359,12 +370,11 @@ def train(cfg):
             target.load_state_dict(net.state_dict())  # <- method
         if done % cfg.log_every == 0 or done == cfg.steps:
             run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
-        if done % cfg.save_every == 0 or done in (1, cfg.steps):
+        if run.due(done):
             run.save(state, done)
-        if done % cfg.sample_every == 0 or done == cfg.steps:
-            kit.report(cfg, run, done, sample, ema, data, teacher, (cfg.student_steps,))  # <- method
-            if teacher is data and cfg.mode != "diffusion" and kit.RANK == 0:  # <- method: a mixture
-                compare(cfg, teacher)  # <- method
+        if done % cfg.sample_every == 0 and done < cfg.steps:
+            show(done)
+    show(cfg.steps)
 
 
 # -------------------------------------------------------------------------------------------------- extras
@@ -387,16 +397,16 @@ def compare(cfg, teacher):
     return rows
 
 
-PATH = 240  # states along a path of --figure, which is a multiple of each number of steps
+PATH_STATES = 240  # states along a path of --figure, which is a multiple of each number of steps
 
 
 def figure(cfg):
     """Fig. 1: densities of (t, z) along paths from the same noise, which is at the left; data is at the
     right."""
     noise, columns = cfg.sigma_d * common.Draw(0, 0, 0, 400).normal(1), {}
-    for steps in (1, 2, 4, PATH):
+    for steps in (1, 2, 4, PATH_STATES):
         part, path = replace(cfg, student_steps=steps, out=f"{cfg.out}/{steps}"), []
-        if steps < PATH:
+        if steps < PATH_STATES:
             train(part)
             net = kit.load_net(part.out)
         else:  # the ODE: many DDIM steps of the exact teacher
@@ -404,7 +414,7 @@ def figure(cfg):
         sample(net, noise, None, steps, part, None, path=path)
         time = ((torch.arange(len(path)) + 0.5) / len(path) * 2 - 1).expand(len(noise), -1)
         points = torch.stack([time, torch.cat(path, 1).float() / 3], 2).flatten(0, 1)
-        columns["ODE" if steps == PATH else f"{steps} step{'s' * (steps > 1)}"] = points
+        columns["ODE" if steps == PATH_STATES else f"{steps} step{'s' * (steps > 1)}"] = points
     kit.panels(columns, f"{cfg.out}/paths.png")
     print(f"wrote {cfg.out}/paths.png")
 

@@ -57,7 +57,7 @@ class Config(kit.Config):
     def distills(self):
         return self.mode in ("scd", "dscd", "vsd", "scd+vsd")
 
-    def guided(self):
+    def guides_teacher(self):
         return self.guidance_max > 1
 
     def check(self):
@@ -80,7 +80,7 @@ class Config(kit.Config):
 # ------------------------------------------------------------------------------------------------- PRESETS
 # DEPARTS: paper's double normalization scales and shifts; here it only scales (norm_shift), because the sizes
 # that the paper prints for ImageNet leave no room for the shift
-EDM2 = dict(c_noise="t", emb="positional", double_norm=True, norm_shift=False, dtype="fp16", eps=1e-11,
+SCM_NET = dict(c_noise="t", emb="positional", double_norm=True, norm_shift=False, dtype="fp16", eps=1e-11,
             save_every=1000)
 PRESETS = {
     # DEPARTS: paper adaptive weighting; here none, because an exact teacher's residual vanishes as t -> 0.
@@ -91,16 +91,16 @@ PRESETS = {
     "folder": dict(warmup=200),
     # With 2e-3, shapes get noisier the longer it trains, and two steps on photographs are worse.
     **{key: dict(lr=5e-4) for key in ("shapes --mode scd", "folder --mode scd", "folder --mode sct")},
-    # FID of 1 / 2 steps: sct 2.85 / 2.06, scd 3.66 / 2.52; the teacher has 2.15. (P_std is 1.8 beside ECT.)
+    # FID of 1 / 2 steps: sct 2.85 / 2.06, scd 3.66 / 2.52; the teacher has 2.15. (Beside ECT, P_std is 1.8.)
     "cifar10": dict(batch=512, steps=400_000, lr=1e-4),
     "cifar10 --mode sct": dict(dropout=0.2),
     # FID of 1 / 2 steps, S to XL: scd 2.97 / 2.07, 2.79 / 1.89, 2.43 / 1.70, 2.44 / 1.66; sct 3.23 / 2.93,
     # 2.25 / 1.81, 2.08 / 1.57, 2.04 / 1.48; the teachers have 1.70, 1.55, 1.44, 1.38
-    "imagenet64": dict(EDM2, steps=400_000, lr_ref=35_000, P_std=1.6),
+    "imagenet64": dict(SCM_NET, steps=400_000, lr_ref=35_000, P_std=1.6),
     "imagenet64 --mode sct": dict(dropout=0.45, dropout_res=16),
     # FID of 1 / 2 steps, scd: S 3.07 / 2.50 to XXL 2.28 / 1.88. --guidance is 1.5 (S) or 1.3 for one step,
     # 1.4 (S) or 1.2 for two.
-    "imagenet512": dict(EDM2, steps=200_000, lr_ref=70_000, P_mean=-0.8, P_std=1.6, guidance_max=2.0),
+    "imagenet512": dict(SCM_NET, steps=200_000, lr_ref=70_000, P_mean=-0.8, P_std=1.6, guidance_max=2.0),
     "imagenet512 --mode diffusion": dict(label_dropout=0.1, guidance_max=1.0),
     "imagenet512 --mode sct": dict(steps=100_000, guidance_max=1.0),
     "imagenet512 --mode scd+vsd": dict(steps=20_000, warmup=0),  # on top of scd: --init RUN
@@ -347,8 +347,12 @@ def train(cfg):
     optimizer = kit.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
     state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
-    start = run.resume(state) if cfg.resume else 0
+    start = run.begin(state, data, teacher)
     wrapped = run.wrap(net)  # takes the gradients; the bare net does everything else
+
+    def show(step):
+        kit.report(cfg, run, step, sample, ema, data, teacher, (1, 2))  # <- method
+
     for step in run.steps(start):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg)
@@ -372,10 +376,11 @@ def train(cfg):
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
             run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
-        if done % cfg.save_every == 0 or done in (1, cfg.steps):
+        if run.due(done):
             run.save(state, done)
-        if done % cfg.sample_every == 0 or done == cfg.steps:
-            kit.report(cfg, run, done, sample, ema, data, teacher, (1, 2))  # <- method
+        if done % cfg.sample_every == 0 and done < cfg.steps:
+            show(done)
+    show(cfg.steps)
 
 
 # ---------------------------------------------------------------------------------------------------- main

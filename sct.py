@@ -65,7 +65,7 @@ class Config(kit.Config):
         return True  # the average at half of training
 
     def check(self):
-        begins = self.init or kit.init_path(vars(self)) or self.sample or self.resume
+        begins = self.init or kit.init_path(vars(self)) or self.sample or self.resume or self.export
         if self.mode != "diffusion" and self.dataset != "gmm" and not begins:
             kit.fail(f"--mode {self.mode} tunes a diffusion model: make one with --mode diffusion, or give "
                      "--init RUN, or none to start anew")
@@ -155,7 +155,7 @@ def f(net, x_t, t, y, cfg, edge=None, shift=0.0, return_w=False):
     """D in EDM's preconditioning; with an edge (B,), the point of the ODE there (Eq. 16), so f(x, edge) = x.
     With return_w also the weighting head's w(t). `shift` is that of ECT's sampler.
 
-    The network sees unit variance and TrigFlow's angle, and its F has the other sign (see common.py)."""
+    Our network takes unit variance and TrigFlow's angle, and its F is minus EDM's (see common.py)."""
     sd = cfg.sigma_d
     inputs = like((t**2 + sd**2).rsqrt(), x_t) * x_t, torch.atan(t / sd), y
     F, w = net(*inputs, return_w=True) if return_w else (net(*inputs), None)
@@ -181,18 +181,20 @@ def diffusion(net, target, teacher, x0, y, step, cfg, gen):
 
 
 class ReferenceSet:
-    """What teaches sct: samples x_i, whose exact denoiser gives the targets. The set holds x_0 itself. It is
-    the global batch, or all of the data (for the ring, which has no end, the batch and 4,096 fixed points);
-    with --class_size, so many images of each class, other ones in each step."""
+    """What teaches sct: samples x_i, whose exact denoiser gives the targets. The set is the global batch or
+    all of the data, or with --class_size the batch and so many images of each class, new ones in each step.
+    (The ring has no end: its data are the batch and 4,096 fixed points.)"""
 
     def __init__(self, data, cfg):
         self.data, self.cfg = data, cfg
-        self.near = cfg.reference == "batch" or cfg.dataset == "gmm"
+        if cfg.reference == "dataset" and not hasattr(data, "members"):
+            kit.fail("--reference dataset needs data with members(c, device), as kit.data.Stored has")
+        self.with_batch = cfg.reference == "batch" or cfg.dataset == "gmm" or cfg.class_size > 0
 
     def members(self, c, batch, step):
         """Yields the x_i of class c, of all classes for c = -1. `batch` holds x_0 and y."""
         x0, y = batch
-        if self.near or self.cfg.class_size:
+        if self.with_batch:
             yield x0 if c < 0 else x0[y == c]
         if self.cfg.reference == "dataset":
             some = dict(limit=self.cfg.class_size, seed=(self.cfg.seed, step, c + 1))
@@ -203,7 +205,7 @@ class ReferenceSet:
         """x* = E[x_i | x_t] (B, ...), over the class of y, or over all for y = -1 (Eq. 13, 14); and over how
         many x_i the average really goes, (B,), 1 / sum_i W_i^2. As W sums to 1, Eq. 14's 1/n is left out."""
         batch = x0, y
-        if self.near or self.cfg.class_size:  # not this process's part of the batch alone
+        if self.with_batch:  # not this process's part of it alone
             batch = self.data.batch(common.Draw(self.cfg.seed, step, 0, self.cfg.batch, x0.device))
         classes = torch.full((len(x_t),), -1, device=x_t.device) if y is None else y
         x_star, averaged = torch.empty_like(x_t), x_t.new_empty(len(x_t))
@@ -310,8 +312,15 @@ def train(cfg):
     optimizer = kit.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")
     state = dict(net=net, target=target, ema=ema, optimizer=optimizer, scaler=scaler)
-    start = run.resume(state) if cfg.resume else 0
+    start = run.begin(state, data, teacher)
     wrapped = run.wrap(net)  # takes the gradients; the bare net does everything else
+
+    def show(step):
+        nfes = (cfg.phases,) if cfg.phases > 1 else (1, 2)  # <- method
+        weak = cfg.guide == "label" or "weak" in ema.extra  # <- method
+        shown = cfg if weak else replace(cfg, guidance=1.0)  # <- method: no weaker self yet
+        kit.report(shown, run, step, sample, ema, data, None, nfes)  # <- method
+
     for step in run.steps(start):
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg)
@@ -337,13 +346,11 @@ def train(cfg):
             ema.extra["weak"] = copy.deepcopy(ema)  # <- method: the weaker self
         if done % cfg.log_every == 0 or done == cfg.steps:
             run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
-        if done % cfg.save_every == 0 or done in (1, cfg.steps):
+        if run.due(done):
             run.save(state, done)
-        if done % cfg.sample_every == 0 or done == cfg.steps:
-            nfes = (cfg.phases,) if cfg.phases > 1 else (1, 2)  # <- method
-            weak = cfg.guide == "label" or "weak" in ema.extra  # <- method
-            shown = cfg if weak else replace(cfg, guidance=1.0)  # <- method: no weaker self yet
-            kit.report(shown, run, done, sample, ema, data, None, nfes)  # <- method
+        if done % cfg.sample_every == 0 and done < cfg.steps:
+            show(done)
+    show(cfg.steps)
 
 
 # ---------------------------------------------------------------------------------------------------- main

@@ -3,13 +3,13 @@ machinery"; `common.x` means "read this, it is the paper".
 
 Each file has one subject and imports only files below it:
 
-    report      pictures, the report at the end of training, --sample
+    report      pictures, the report at the end of training, --sample and --export
     metrics     distances and scores
     run         one training run: optimizer, averages, log, save, resume; the forecast of memory
     config      the shared flags, the presets of the datasets, the command line
     teachers    checkpoints -> networks
     edm         snapshots of EDM, EDM2 and ECT
-    text        networks of diffusers that predict eps; text-to-image pipelines with LoRA
+    text        networks that predict eps or v; text-to-image pipelines with LoRA and captions
     data        images and latents on disk
     toys        mixtures of Gaussians, drawn shapes
     networks    an MLP, and a U-Net with EDM2's or DDPM++'s blocks
@@ -33,7 +33,7 @@ from kit.config import (
 from kit.data import read_image
 from kit.metrics import distance
 from kit.networks import normalize_weights
-from kit.process import RANK, WORLD, fail
+from kit.process import RANK, WORLD, fail, reading
 from kit.report import export, noise_and_labels, panels, place, report, write_samples
 from kit.run import Run, dry_run, lerp, make_optimizer
 from kit.teachers import init_path, load_net, load_teacher, network, read_checkpoint

@@ -1,5 +1,5 @@
 """The shared flags, the presets of the datasets, the command line."""
-from kit.data import Latents, Stored, cifar10, image_folder, latents
+from kit.data import Latents, Stored, check_data, cifar10, image_folder, latents, to_uint8
 from kit.process import RANK, WORLD, fail
 from kit.teachers import init_path, read_checkpoint
 from kit.text import Captions
@@ -19,8 +19,8 @@ def flag(default, **rules):
     """A field of a Config with rules that stand nowhere else:
 
     least, most   bounds of a number; least is 0, or none if the default is negative
-    change        when it may differ from the stored run's: in "sampling" (unless said), also on "resume",
-                  "never", or at every "call", so that a run does not keep it
+    change        when it may differ from the stored run's: in "sampling" (the default), on "resume" too,
+                  "never", or it belongs to one "call" and is not stored
     implies       its value -> values of other flags, where those are not given
     net           it is an argument of the network's constructor
     form          its value is the method's choice, which is kept when another project's network is finetuned
@@ -47,7 +47,7 @@ class Config:
     size: str = ""  # another size of the preset's network, such as M; "" is its own
     data: str = free("")  # class folders or a zip of images; cifar10: its archive; imagenet512: also latents
     vae: str = ""  # autoencoder of latents, a folder or hub id; "" is the dataset's own
-    space: Literal["", "signed", "edm2"] = inherited("")  # latents of pixels in [-1, 1], or EDM2's, in [0, 1]
+    space: Literal["", "signed", "edm2"] = inherited("")  # latents of pixels in [-1, 1] or (edm2) [0, 1]
     pretrained: str = fixed("", implies=lambda _: dict(dataset="text"))  # text to image: folder or hub id
     lora_rank: int = fixed(64, least=1)  # text to image: rank of the adapters, and their alpha
     first_label: int = fixed(0)  # text to image: label of the first noise level
@@ -57,10 +57,10 @@ class Config:
     flip: bool = False  # mirror half of the training images, at random
     conditional: bool = inherited(False)  # train a class-conditional network
     label_dropout: float = fixed(0.0, most=1)  # how often training drops a label, for guidance; 0 is off
-    teacher: str = ""  # run, file, URL, hub id, or a name (see `help`), or exact; "" is the usual folder's
-    init: str = ""  # the run to start from; "" is the teacher, or where it would be; none is random weights
+    teacher: str = free("")  # run, file, URL, hub id, name (see `help`), or exact; "" is the usual folder's
+    init: str = ""  # the run to start from; "" is the teacher, or the usual one; none is random weights
     steps: int = free(4000, least=1)  # optimizer steps
-    batch: int = 256  # samples a step, over all processes
+    batch: int = flag(256, least=1, most=2**24)  # samples a step, over all processes
     micro: int = free(0)  # samples that a process takes at once, accumulating gradients; 0 is all that fit
     optimizer: Literal["adam", "adamw", "radam"] = "adam"  # adamw has weight decay 0.01
     lr: float = 1e-3  # highest learning rate
@@ -74,7 +74,7 @@ class Config:
     dropout_res: int = 0  # dropout acts only in layers of at most so many pixels a side; 0 is all layers
     ema_sigma_rel: float = flag(0.05, most=0.28)  # width of the power-function EMA; 0 uses ema_halflife
     ema_halflife: float = 5e5  # half-life of the EMA in samples; 0 too is no EMA
-    ema_rampup: float = flag(0.0, most=1)  # longest half-life as a share of the samples seen so far; 0 is off
+    ema_rampup: float = flag(0.0, most=1)  # longest half-life, as a share of the samples seen; 0 is off
     arch: Literal["edm2", "ddpmpp"] = of_net("edm2")  # blocks of the U-Net: EDM2's, or EDM's for CIFAR-10
     channels: int = of_net(64, least=2)  # channels of the first level; for points, of all layers
     channel_mult: tuple = of_net((1, 2))  # channels of each level over --channels; a level halves the image
@@ -92,8 +92,9 @@ class Config:
     seed: int = flag(0, most=2**63 - 1)  # of weights, data, times and noise
     log_every: int = free(100, least=1)  # steps between lines of log.jsonl
     save_every: int = free(1000, least=1)  # steps between checkpoints
+    keep_every: int = free(0)  # keep each checkpoint of so many steps, as ckpt-STEP.pt; 0 is off
     sample_every: int = free(10**9, least=1)  # steps between sample pictures while training
-    resume: bool = opens(False)  # go on from the last checkpoint in --out
+    resume: bool = opens(False)  # go on from the checkpoint in --out; auto: or start anew if there is none
     overwrite: bool = call(False)  # replace the run in --out
     dry_run: bool = call(False)  # check data and teacher, print size, memory and cost, and train nothing
     sample: int = opens(0)  # draw this many samples from the run in --out, instead of training
@@ -110,16 +111,27 @@ class Config:
         """Whether the mode needs a teacher; the others may start from one."""
         return False
 
-    def guided(self):
-        """Whether training asks the teacher for guidance, that is, for predictions without label."""
-        return getattr(self, "guidance", 1) != 1
+    def guides_teacher(self):
+        """Whether training guides the teacher, which must then predict without label, too."""
+        return False
 
     def inference(self):
         """What diffusers needs beside a text-to-image run's adapters: scheduler, timesteps, guidance."""
         return {}
 
+    def own_dataset(self, device):
+        """Your own data, in a copy of a script; None for those of --dataset. The object has
+
+        shape       (D,) of points, or (C, H, W) of images or latents
+        classes     how many; 0 or 1 without labels
+        batch(gen)  for a common.Draw: x0 (B, *shape) float32 of standard deviation sigma_d, images in
+                    [-1, 1]; and y (B,) int64, -1 for a dropped label, or None
+        to_pixels   where x0 are no pixels in [-1, 1]: x0 -> uint8 (B, 3, H, W)
+        members     where a loss averages over all of the data, as in kit.data.Stored"""
+        return None
+
     def loss_bytes(self):
-        """What a loss holds for each sample, beside the networks."""
+        """Bytes that a loss holds for each sample, beside the networks."""
         return 0
 
     def check(self):
@@ -132,7 +144,7 @@ EDM2_NET = dict(channels=192, channel_mult=(1, 2, 3, 4), blocks=3, attention=(16
                 emb="fourier", double_norm=False)
 # The learning rate rises over 10 million images. Scripts with --uncertainty learn the loss's weight.
 EDM2_RECIPE = dict(batch=2048, optimizer="adam", beta2=0.99, lr_warmup=4883, dtype="fp16", uncertainty=True)
-PRESETS = {  # what belongs to a dataset, whatever the method: its toy defaults, its network, its teachers
+PRESETS = {  # by dataset: its toy defaults, its network, its teachers; a script takes the fields that it has
     "gmm": dict(teacher="exact", lr=2e-3, lr_cooldown=0.7, channels=128, blocks=4),
     "shapes": dict(image_size=16, conditional=True, channels=32, blocks=1, steps=1000, batch=64, lr=2e-3,
                    lr_cooldown=0.5),
@@ -151,9 +163,10 @@ PRESETS = {  # what belongs to a dataset, whatever the method: its toy defaults,
                  beta2=0.999),
     "imagenet64": dict(EDM2_NET, image_size=64, conditional=True, batch=2048, save_every=2500),
     "imagenet64 --mode diffusion": dict(EDM2_RECIPE, lr_ref=35_000, P_mean=-0.8, P_std=1.6),
+    "imagenet64 --mode diffusion --init": dict(steps=20_000),  # finetunes another project's network
     "imagenet512": dict(EDM2_NET, conditional=True, batch=2048),
     "imagenet512 --mode diffusion": dict(EDM2_RECIPE, lr_ref=70_000, P_mean=-0.4, P_std=1.0),
-    "imagenet512 --mode diffusion --init": dict(steps=20_000),  # finetunes another project's network
+    "imagenet512 --mode diffusion --init": dict(steps=20_000),
 }
 EDM2_TEACHERS = {  # by size: learning rate, dropout, width of the EMA, training in 2^20 images
     "imagenet64": dict(S=(1e-2, 0.0, 0.075, 1024), M=(9e-3, 0.1, 0.06, 2048), L=(8e-3, 0.1, 0.04, 1024),
@@ -161,11 +174,11 @@ EDM2_TEACHERS = {  # by size: learning rate, dropout, width of the EMA, training
     "imagenet512": dict(S=(1e-2, 0.0, 0.025, 2048), M=(9e-3, 0.1, 0.03, 2048), L=(8e-3, 0.1, 0.015, 1792),
                         XL=(7e-3, 0.1, 0.02, 1280), XXL=(6.5e-3, 0.1, 0.015, 896))}
 for name, sizes in EDM2_TEACHERS.items():
-    for size, (lr, rate, width, images) in sizes.items():
+    for size, (lr, dropout, width, images) in sizes.items():
         PRESETS[f"{name} --size {size}"] = dict(
             channels=dict(S=192, M=256, L=320, XL=384, XXL=448)[size], checkpointing=size in ("XL", "XXL"))
         PRESETS[f"{name} --size {size} --mode diffusion"] = dict(
-            lr=lr, dropout=rate, ema_sigma_rel=width, steps=images * 2**20 // 2048)
+            lr=lr, dropout=dropout, ema_sigma_rel=width, steps=images * 2**20 // 2048)
 
 # -------------------------------------------------------------------------------------------- command line
 
@@ -180,19 +193,26 @@ def preset(presets, dataset, mode="", size=""):
 def parse_args(Config, presets, modes, argv=None):
     """Command line -> Config. For each field the last of these counts: the default, the preset, the usual
     teacher, the network of --init or --teacher, the stored run (--resume, --sample), the flag."""
-    script = Path(inspect.getfile(Config)).stem
+    script = Path(inspect.getfile(Config)).resolve().stem
     fields = {f.name: f for f in dataclasses.fields(Config)}
     flags, unknown = make_parser(Config, script, modes).parse_known_args(argv)
     flags = vars(flags)
     if unknown:
         fail(f"unknown argument {unknown[0]}; the flags are --{', --'.join(fields)}")
+    for name, value in flags.items():
+        if fields[name].metadata.get("opens") and not value and fields[name].type is not bool:
+            fail(f"--{name} {value!r}: give it a value, or leave it out")
     for name in [name for name, value in flags.items() if value]:
         flags = fields[name].metadata.get("implies", lambda value: {})(flags[name]) | flags
     name = flags.get("dataset", Config.dataset)
     names = name, flags.get("mode", preset(presets, name).get("mode", Config.mode))
     usual = f"out/{script}" if names == (Config.dataset, Config.mode) else f"out/{script}-{'-'.join(names)}"
     flags["out"] = flags.get("out") or usual
+    several = modes.get(names[1], True) is None and any(Path(flags["out"]).glob("*/ckpt.pt"))  # runs in one
+    if flags.get("resume") == "auto":
+        flags["resume"] = several or Path(flags["out"], "ckpt.pt").exists()
     open_run = any(flags.get(name) for name, field in fields.items() if field.metadata.get("opens"))
+    open_run = open_run and not (several and flags.get("resume"))  # the script resumes each of them
     stored = stored_values(Config, script, fields, flags) if open_run else {}
     choice = {name: (stored | flags).get(name, fields[name].default) for name in ("dataset", "mode", "size")}
     sizes = [key.split()[2] for key in presets if key.startswith(f"{choice['dataset']} --size ")]
@@ -232,13 +252,14 @@ def stored_values(Config, script, fields, flags):
         if name == "steps" and make_config(Config, kept).needs_steps():
             may = False
         if not may and value != kept.get(name, value):
-            fail(f"{flags['out']} was trained with --{name} {kept[name]}: it cannot become {value}")
+            fail(f"{flags['out']} was trained with --{name} {kept[name]}: it cannot become {value}; a new "
+                 "run that starts from it, with --init, may have other flags")
     return kept
 
 
 def foreign_values(Config, ckpt):
     """What a script samples another project's network with; {} for its own runs, and if it cannot."""
-    if ckpt.get("foreign") and ckpt["config"]["mode"] == "diffusion":  # the same in all scripts
+    if ckpt.get("foreign") and ckpt["config"]["mode"] == "diffusion":  # of scripts that have this mode
         return dict(dataset="imagenet512" if ckpt["config"].get("space") else "folder")
     return Config.foreign.get(ckpt["script"], {})
 
@@ -282,25 +303,27 @@ def make_parser(Config, script, modes):
                                      description="--mode is one of " + ", ".join(modes))
     parser.error = fail
     own = parser.add_argument_group(f"flags of {script}.py")
-    groups = {own: Config, parser.add_argument_group("flags of all scripts"): Config.__base__}
-    known = set()
-    for group, owner in reversed(groups.items()):
-        comment = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), re.M))
-        for field in dataclasses.fields(owner):
-            if field.name in known:
-                continue
-            known.add(field.name)
-            default = ",".join(map(str, field.default)) if field.type is tuple else field.default
-            choices = get_args(field.type) or None
-            reader = {bool: read_bool, tuple: read_numbers}.get(field.type, field.type)
-            group.add_argument("--" + field.name, choices=choices, metavar=field.name.upper(),
-                               help=f"{comment[field.name]} [{default}]".replace("%", "%%"),
-                               type=str if choices else reader,
-                               **(dict(nargs="?", const=True) if field.type is bool else {}))
+    shared = parser.add_argument_group("flags of all scripts")
+    *_, base, _ = Config.__mro__  # kit.Config, object
+    comment = {}
+    for owner in reversed(Config.__mro__[:-1]):
+        comment |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), re.M))
+    for field in dataclasses.fields(Config):
+        group = shared if field.name in base.__dataclass_fields__ else own
+        default = ",".join(map(str, field.default)) if field.type is tuple else field.default
+        choices = get_args(field.type) or None
+        reader = {bool: read_bool, tuple: read_numbers}.get(field.type, field.type)
+        group.add_argument("--" + field.name, choices=choices,
+                           metavar="|".join(filter(None, choices or [field.name.upper()])),
+                           help=f"{comment[field.name]} [{default}]".replace("%", "%%"),
+                           type=str if choices else reader,
+                           **(dict(nargs="?", const=True) if field.type is bool else {}))
     return parser
 
 
 def read_bool(text):
+    if text == "auto":  # of --resume alone
+        return text
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
     return text.lower() in ("true", "1", "yes")
@@ -337,6 +360,8 @@ def check_values(cfg, fields):
     opened = {name for name, field in fields.items() if field.metadata.get("opens") and getattr(cfg, name)}
     if cfg.label >= 0 and not opened - {"resume"}:
         fail("--label chooses what to --sample; training takes all classes")
+    if len(opened) > 1:
+        fail(f"--{' and --'.join(sorted(opened))} are different things to do with a run: one at a time")
     if cfg.resume and cfg.overwrite:
         fail("--resume goes on with the run in --out, --overwrite replaces it: give one of them")
     if cfg.save and Path(cfg.save).suffix not in (".png", ".npz"):
@@ -352,6 +377,10 @@ def kind(name):
 
 def dataset(cfg, device="cpu"):
     """The dataset that cfg names: an object with shape, classes, batch(gen) and, of images, to_pixels(x)."""
+    own = cfg.own_dataset(device) if hasattr(cfg, "own_dataset") else None
+    if own is not None:
+        check_data(own, cfg, device)
+        return own
     if kind(cfg.dataset) is Mixture:
         return MIXTURES[cfg.dataset](cfg).to(device)
     if kind(cfg.dataset) is Captions:
@@ -364,5 +393,8 @@ def dataset(cfg, device="cpu"):
 
 
 def to_pixels(x, cfg):
-    """x0 as uint8 pixels (B, 3, H, W), without the data; points stay points."""
-    return kind(cfg.dataset).pixels(x, cfg)
+    """x0 as uint8 pixels (B, C, H, W), without the data if they are not your own; points stay points."""
+    own = cfg.own_dataset(x.device)
+    if own is None:
+        return kind(cfg.dataset).pixels(x, cfg)
+    return own.to_pixels(x) if hasattr(own, "to_pixels") else x if x.ndim == 2 else to_uint8(x)

@@ -1,5 +1,7 @@
 """Images on disk, and latents of them, as memory-mapped rows."""
-from kit.process import RANK, WORLD, atomic_write, barrier, download, fail, lock_folder, reading, writing
+from common import Draw
+from kit.process import (RANK, WORLD, agreed, atomic_write, barrier, download, fail, lock_folder, reading,
+                         writing)
 
 import contextlib
 import functools
@@ -16,8 +18,27 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
+
+
+def check_data(data, cfg, device):
+    """Ends the program if a dataset is not what Config.own_dataset describes."""
+    shape, classes = getattr(data, "shape", None), getattr(data, "classes", None)
+    whole = isinstance(shape, tuple) and len(shape) in (1, 3) and all(type(n) is int and n > 0 for n in shape)
+    if not whole or type(classes) is not int:
+        fail(f"the data's shape must be (D,) or (C, H, W), and classes a number: not {shape} and {classes}")
+    halvings = len(cfg.channel_mult) - 1
+    if any(n % 2**halvings for n in shape[1:]):
+        fail(f"the data's {shape[1]} x {shape[2]} cannot be halved {halvings} times (--channel_mult)")
+    with reading("the data's batch(gen) does not return the tensors x0 and y"):
+        x0, y = data.batch(Draw(0, 0, 0, 3, device))
+        form, labels = (x0.dtype, tuple(x0.shape)), None if y is None else (y.dtype, tuple(y.shape))
+    if form != (torch.float32, (3, *shape)) or not x0.isfinite().all():
+        fail(f"the data's x0 must be finite float32 of shape (B, *{shape}), not {form}")
+    known = labels == (torch.int64, (3,)) and int(y.min()) >= -1 and int(y.max()) < max(classes, 1)
+    if cfg.conditional and (classes < 2 or not known) or y is not None and not known:
+        fail(f"the data's labels must be int64 (B,) from -1 to {classes - 1}, or without --conditional None")
 
 
 class Stored:
@@ -25,10 +46,11 @@ class Stored:
     (N, 3, H, W), and x0 = pixels / 127.5 - 1."""
     channels = 3  # of a row
 
-    def __init__(self, cfg, rows, labels, names=()):
+    def __init__(self, cfg, rows, labels, names=(), about=None):
         self.cfg = cfg
         self.rows = rows
-        self.names = list(names)  # of the classes, where they are known
+        self.names, self.about = list(names), about or {}  # of the classes, if known; what the rows come from
+        self.fingerprint = self.about.get("sources", "")
         self.labels = torch.as_tensor(np.array(labels), dtype=torch.int64)
         self.classes = int(self.labels.max()) + 1
         self.shape = tuple(rows.shape[1:])
@@ -97,13 +119,13 @@ class Latents(Stored):
     anew from N(mean, std^2) each time, and normalized to standard deviation sigma_d."""
     channels = 8
 
-    def __init__(self, cfg, rows, labels, names, space):
-        super().__init__(cfg, rows, labels, names)
-        self.shape, self.space = (4, *rows.shape[2:]), space
-        if cfg.space not in ("", space):
-            fail(f"--data {cfg.data} holds latents normalized as {space}, and the teacher or --init knows "
-                 f"those as {cfg.space}: encode the images for it, with --data IMAGES")
-        cfg.space = space  # from now on the run, and what comes of it, knows
+    def __init__(self, cfg, rows, labels, names, about):
+        super().__init__(cfg, rows, labels, names, about)
+        self.shape, self.space = (4, *rows.shape[2:]), about.get("space", "signed")
+        if cfg.space not in ("", self.space):
+            fail(f"--data {cfg.data} holds latents normalized as {self.space}, and the teacher or --init "
+                 f"knows those as {cfg.space}: encode the images for it, with --data IMAGES")
+        cfg.space = self.space  # from now on the run, and what comes of it, knows
         if cfg.flip:
             fail("--flip is for pixels: the latent of a mirrored image is not the mirrored latent")
 
@@ -164,9 +186,7 @@ def image_folder(cfg):
     if not cfg.data and not root.exists():
         fail(f"--dataset {cfg.dataset} needs --data PATH: class folders, or a zip")
     names, labels, read, classes = list_images(root)
-    with reading(f"--data {root}"):
-        files = [(n, (root / n if root.is_dir() else root).stat().st_mtime_ns) for n in names]
-    key = hashlib.sha1(repr((str(root.resolve()), files, cfg.image_size)).encode()).hexdigest()[:16]
+    about = dict(sources=fingerprint(root, names), image_size=cfg.image_size)
     side = cfg.image_size or decode(names[0], read, 0).shape[1]
 
     def encode(part):
@@ -175,8 +195,11 @@ def image_folder(cfg):
             if image.shape != (3, side, side):
                 fail(f"{name} is not {side} x {side} pixels: give --image_size to crop and resize")
         return np.stack(images)
-    folder = Path("data/cache", f"{root.stem[:40]}-{cfg.image_size}-{key}")
-    return open_store(folder, lambda: (names, labels, encode, classes))
+    if cfg.conditional and labels.max() < 1:
+        fail(f"--data {root} has no classes to condition on: put the images into class folders, or add "
+             "--conditional false")
+    folder = Path("data/cache", f"{root.stem[:40]}-{cfg.image_size}-{about['sources'][:16]}")
+    return open_store(folder, lambda: (names, labels, encode, classes), about)
 
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -196,40 +219,40 @@ def cifar10(cfg):
         download(url, path, md5)
 
     def prepare():
-        with reading(f"{path} is not cifar-10-binary.tar.gz"), tarfile.open(path) as archive:
+        with reading(f"{path} is not cifar-10-binary.tar.gz; for a zip of images give --dataset folder"), \
+                tarfile.open(path) as archive:
             files = sorted(n for n in archive.getnames() if re.search(r"data_batch_\d\.bin$", n))
             rows = np.concatenate([np.frombuffer(archive.extractfile(n).read(), np.uint8) for n in files])
             rows = rows.reshape(-1, 1 + 3 * 32 * 32)  # a label, then the planes of R, G and B
             if rows[:, 0].max() > 9:
                 raise ValueError("labels above 9")
         return np.arange(len(rows)), rows[:, 0], lambda part: rows[part, 1:].reshape(-1, 3, 32, 32), CIFAR10
-    with reading(f"--data {path}"):
-        key = hashlib.sha1(f"{path.resolve()} {path.stat().st_mtime_ns}".encode()).hexdigest()[:16]
-    return open_store(Path("data/cache", f"cifar10-{key}"), prepare)
+    about = dict(sources=fingerprint(path.parent, [path.name]))
+    return open_store(Path("data/cache", f"cifar10-{about['sources'][:16]}"), prepare, about)
 
 
 def latents(cfg, device):
     """imagenet512: latents from --data, which is a folder that holds them, EDM2's zip of them (read in
     place), or images in class folders. Images are encoded once, into data/imagenet512; for a teacher or
-    --init from EDM2 its way, from pixels in [0, 1], into data/imagenet512-edm2. Returns rows, labels, names
-    of classes, and the normalization."""
+    --init from EDM2 its way, from pixels in [0, 1], into data/imagenet512-edm2. Returns what open_store
+    does."""
     folder = Path("data/imagenet512-edm2" if cfg.space == "edm2" else "data/imagenet512")
     root = Path(cfg.data or folder)
     if RANK == 0:
         autoencoder(cfg, torch.device("cpu"))  # pictures need it: better missed now than at the end
     if root.suffix == ".zip":
         names, labels, read, classes = list_images(root, (".npy",))
-        return LatentZip(root, names, read), labels, classes, "edm2"
+        about = dict(space="edm2", sources=fingerprint(root, names))
+        return LatentZip(root, names, read), labels, classes, about
     if (root / "about.json").exists():
-        def missing():
-            fail(f"--data {root} lacks latents: give the images with --data")
-        return *open_store(root, missing), stored_space(root)
+        return open_store(root, lambda: fail(f"--data {root} lacks latents: give the images with --data"))
     if not cfg.data:
         fail(f"--dataset imagenet512: there are no latents in {folder}; give the images with --data")
     names, labels, read, classes = list_images(root)
     size, space = cfg.image_size or 512, cfg.space or "signed"
-    about = dict(vae=cfg.vae, image_size=size, sources=hashlib.sha1("\n".join(names).encode()).hexdigest())
-    about |= dict(space=space) if space == "edm2" else {}
+    about = dict(vae=cfg.vae, image_size=size, space=space, sources=fingerprint(root, names))
+    if cfg.conditional and labels.max() < 1:
+        fail(f"--data {root} has no classes to condition on: put the images into class folders")
     cfg.data = str(folder)  # what the run's config names from now on
 
     def prepare():
@@ -241,12 +264,7 @@ def latents(cfg, device):
             latent = vae.encode(x / 255 if space == "edm2" else x / 127.5 - 1).latent_dist
             return torch.cat([latent.mean, latent.std], dim=1).half().cpu().numpy()
         return names, labels, encode, classes
-    return *open_store(folder, prepare, about, batch=16), space
-
-
-def stored_space(folder):
-    with reading(f"{folder}/about.json is damaged: delete {folder}"):
-        return (json.loads((folder / "about.json").read_text()) or {}).get("space", "signed")
+    return open_store(folder, prepare, about, batch=16)
 
 
 class LatentZip:
@@ -266,7 +284,8 @@ class LatentZip:
 
 
 def open_store(folder, prepare, about=None, batch=256):
-    """Rows, memory-mapped, labels, and names of classes, kept in `folder`. What is missing is written first.
+    """Rows, memory-mapped, labels, names of classes, and what they were made from, kept in `folder`. What is
+    missing is written first.
 
     prepare() -> (names, labels, encode, classes), with encode(some names) -> their rows. All processes write,
     each every WORLD-th batch, and mark in done.npy what is written. So a killed writer goes on where it
@@ -282,19 +301,22 @@ def open_store(folder, prepare, about=None, batch=256):
             before = json.loads((folder / "about.json").read_text())
         if about and before != about:
             fail(f"{folder} was made from other images, --vae or --image_size: move it away first")
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, EOFError):
             rows, done = (np.load(paths[name], mmap_mode=mode) for name in ("rows", "done"))
             labels = np.load(paths["labels"])
             whole = rows.ndim == 4 and len(rows) == len(done) == len(labels) > 0
             known = (folder / "classes.json").exists()  # not in stores of earlier versions
             classes = json.loads((folder / "classes.json").read_text()) if known else []
             whole = whole and labels.dtype.kind in "iu" and labels.min() >= 0
-            return (rows, labels, classes, done) if whole else None
+            return (rows, labels, classes, before or {}, done) if whole else None
 
     found = load()
     barrier()  # no process writes before all have looked
-    if found and found[3].all():
-        return found[:3]
+    whole = bool(found and found[-1].all())
+    if agreed(whole) != whole:
+        fail(f"{folder} is not the same for all processes: give them a common disk, or each node a copy")
+    if whole:
+        return found[:-1]
     names, labels, encode, classes = prepare()
     with lock_folder(folder, wait=True) if RANK == 0 else contextlib.nullcontext():
         if RANK == 0 and not load():
@@ -308,7 +330,9 @@ def open_store(folder, prepare, about=None, batch=256):
             atomic_write(folder / "classes.json", lambda file: file.write(json.dumps(classes).encode()))
             atomic_write(folder / "about.json", lambda file: file.write(json.dumps(about).encode()))
         barrier()
-        rows, _, _, done = load("r+")
+        opened = load("r+") or fail(
+            f"{folder} is not seen by all processes: give them a common disk, or each node a copy")
+        rows, done = opened[0], opened[-1]
         todo = tqdm(range(RANK * batch, len(names), WORLD * batch), desc=f"write {folder.name}", unit="batch",
                     disable=None if RANK == 0 else True)
         for part in (slice(lo, lo + batch) for lo in todo):
@@ -318,7 +342,11 @@ def open_store(folder, prepare, about=None, batch=256):
                 done[part] = 1
                 done.flush()
         barrier()
-    return load()[:3]
+    return load()[:-1]
+
+
+LEFTOVERS = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")  # of operating systems
+OTHER_IMAGES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".jfif", ".jp2")
 
 
 def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp")):
@@ -328,7 +356,13 @@ def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp")):
         archive = None if root.is_dir() else zipfile.ZipFile(root)
         found = list(walk(root)) if archive is None else archive.namelist()
     read = archive.read if archive else lambda name: (root / name).read_bytes()
-    names = sorted(name for name in found if name.lower().endswith(suffixes))
+    hidden = {name for name in found if any(part[0] == "." or part in LEFTOVERS for part in Path(name).parts)}
+    names = sorted(name for name in found if name.lower().endswith(suffixes) and name not in hidden)
+    other = [name for name in found if name.lower().endswith(OTHER_IMAGES) and name not in hidden]
+    if RANK == 0 and (hidden or other):
+        kinds = ", ".join(sorted({Path(name).suffix for name in other}))
+        print(f"--data {root}: passed over are {len(hidden)} hidden files and {len(other)} images of other "
+              "kinds" + f" ({kinds}), which would have to be converted" * bool(other))
     if not names:
         fail(f"--data {root}: no images ({', '.join(suffixes)}) in it")
     if "dataset.json" in found:
@@ -348,6 +382,18 @@ def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp")):
     return names, np.array([number[top] for top in tops]), read, [] if "" in classes else classes
 
 
+def fingerprint(root, names):
+    """A hash of names, sizes and times of files in a folder, or of names and checksums in a zip. It does not
+    depend on where they are."""
+    with reading(f"--data {root}"):
+        if root.is_dir():
+            found = [(name, (root / name).stat().st_size, (root / name).stat().st_mtime_ns) for name in names]
+        else:
+            with zipfile.ZipFile(root) as archive:
+                found = [(name, archive.getinfo(name).file_size, archive.getinfo(name).CRC) for name in names]
+    return hashlib.sha1(repr(found).encode()).hexdigest()
+
+
 def walk(root):
     """Names of the files below root, also through symbolic links to folders, but never back to one above."""
     def stop(error):
@@ -357,13 +403,14 @@ def walk(root):
         if above.startswith(os.path.realpath(folder) + os.sep):
             folders.clear()
         else:
-            yield from (os.path.relpath(os.path.join(folder, file), root) for file in files)
+            yield from (os.path.relpath(os.path.join(folder, file), root) for file in files
+                        if os.path.isfile(os.path.join(folder, file)))  # a pipe would be waited for
 
 
 def decode(name, read, size):
     """The image as uint8 (3, H, W), cropped and resized to size pixels, or as it is if size is 0."""
     with reading(f"cannot read the image {name}"):
-        image = Image.open(io.BytesIO(read(name)))
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(read(name))))
         if image.mode[0] in "IF":
             raise ValueError(f"{image.mode} pixels, only 8-bit images are read")
         image = image.convert("RGB")

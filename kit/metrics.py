@@ -119,8 +119,9 @@ class Reference:
     """What samples are compared with: the moments of features and, unless those are all that is known, some
     of the features, with their own share of KID and of precision, which is the same for all samples."""
 
-    def __init__(self, mean, covariance, features=None):
+    def __init__(self, mean, covariance, features=None, shape=None):
         self.mean, self.covariance, self.features = mean, covariance, features
+        self.shape = shape and tuple(shape)  # of an image, if that is known
         self.own, self.reach = (None, None) if features is None else (own_kernel(features), reach(features))
 
 

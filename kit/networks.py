@@ -367,8 +367,7 @@ class UNet(nn.Module):
             Block, dim, width = DDPMppBlock, 4 * channels, channels
             self.embedding = DDPMppEmbedding(channels, classes, sigma_d, emb_scale, c_noise)
         self.head = WeightHead(sigma_d) if head else None
-        self.enc = nn.ModuleDict()
-        self.dec = nn.ModuleDict()
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         skips = [width]
 
         def add(part, name, cin, cout, attend=False):

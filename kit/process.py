@@ -1,4 +1,5 @@
 """Processes, errors of one line, files that are whole or not there, locks, downloads."""
+import atexit
 import contextlib
 import datetime
 import hashlib
@@ -15,7 +16,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+def launched(name, default):
+    """A number that torchrun has set. Another launcher may have left anything; what is no number is none."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
+WORLD = max(1, launched("WORLD_SIZE", 1))
+RANK = launched("RANK", 0) if WORLD > 1 else 0
 # The way on, which a run knows better than this file: after Ctrl-C or SIGTERM, and when memory ran out.
 HINTS = dict(stopped="", memory="lower --batch, --micro or --channels")
 # Newer versions of torch say so at each JVP and each TorchScript file. Nobody who runs a script can mend it.
@@ -36,6 +44,8 @@ def last_words(kind, error, trace):
 
 
 sys.excepthook = last_words
+sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the caller has closed it
+sys.stderr = sys.stderr or open(os.devnull, "w")
 
 
 def fail(message):
@@ -56,7 +66,7 @@ def reading(what):
 
 @contextlib.contextmanager
 def writing(path):
-    """The same for what a full disk, or a folder without permission, raises while something is written."""
+    """A full disk, or a missing permission, while something is written ends in one line."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError of its own for a full disk
@@ -78,8 +88,16 @@ def start_processes(backend=""):
     if cuda:
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
+        port = launched("MASTER_PORT", 0)
+        if not ("RANK" in os.environ and RANK < WORLD and os.environ.get("MASTER_ADDR") and 0 < port < 2**16):
+            tqdm.write("WORLD_SIZE is set, but not by torchrun: start with torchrun, or unset it",
+                       file=sys.stderr)
+            raise SystemExit(2)
         hours = datetime.timedelta(hours=24)  # the others wait while rank 0 downloads a dataset
-        dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=hours)
+        backend = backend or ("nccl" if cuda else "gloo")
+        dist.init_process_group(backend, timeout=hours)
+        if backend == "gloo":  # whose threads would abort a process that ends before them
+            atexit.register(dist.destroy_process_group)
     return device
 
 
@@ -88,11 +106,19 @@ def barrier():
         dist.barrier()
 
 
+def agreed(value):
+    """What rank 0 has found, on every process."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
 def end_at_sigterm():
     """From now on SIGTERM ends this process like Ctrl-C, with exit code 143."""
     def terminated(*_):
         if RANK == 0:
-            tqdm.write("stopped by SIGTERM; --resume goes on from the last checkpoint", file=sys.stderr)
+            tqdm.write(f"stopped by SIGTERM{HINTS['stopped']}", file=sys.stderr)
         raise SystemExit(143)
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, terminated)
@@ -100,21 +126,36 @@ def end_at_sigterm():
 
 # -------------------------------------------------------------------------------------------------- files
 
+UNFINISHED = ".unfinished-by-kit"  # ends the names of temporary files, which nobody else would choose
+
+
 def atomic_write(path, write):
     """write(file) to a temporary file, then move it into place: the old file stays until the new is whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_together({path: write})
+
+
+def write_together(files):
+    """{path: write}: several files, none of which is replaced before all of them are whole."""
+    files = {Path(path): write for path, write in files.items()}
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}") for path in files}
     try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        for path, write in files.items():
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(temporary[path], "wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+        for path in files:
+            with writing(path):
+                os.replace(temporary[path], path)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+HELD = {}  # device and inode of a lock: the open file, of this process
 
 
 def lock_folder(folder, wait=False):
@@ -123,23 +164,42 @@ def lock_folder(folder, wait=False):
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+")
+        file.seek(0)
+        holder, place = file.read(), os.fstat(file.fileno())
+    key = place.st_dev, place.st_ino
+    if key in HELD and not HELD[key].closed:
+        remove_unfinished(folder)
+        return HELD[key]
     try:
         import fcntl
-    except ImportError:  # this platform has no such lock
-        return file
-    file.seek(0)
-    holder = file.read()
-    try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        if not holder.startswith(f"process {os.getpid()} "):  # a run that this very process has left
-            fail(f"{folder} is in use by {holder or 'another run'}: wait for it, or choose another --out")
-        return file
-    file.truncate(0)
-    print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
-    for path in folder.glob(".*.[0-9]*"):  # of atomic_write
-        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        fail(f"{folder} is in use by {holder or 'another run'}: wait for it, or choose another --out")
+    except (ImportError, OSError) as error:
+        print(f"{folder} cannot be locked here ({error}): take care that nobody else writes to it")
+    with writing(folder / ".lock"):
+        file.truncate(0)
+        print(f"{MARK} {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
+    remove_unfinished(folder)
+    HELD[key] = file
     return file
+
+
+def remove_unfinished(folder):
+    for path in folder.glob(f".*{UNFINISHED}"):
+        path.unlink(missing_ok=True)
+
+
+MARK = "process"  # begins the text of a lock
+
+
+def is_ours(folder):
+    """Whether a folder is new, empty, or has the mark of a run of these scripts, its lock."""
+    with reading(f"--out {folder}"):
+        if not folder.exists() or not any(folder.iterdir()):
+            return True
+        lock = folder / ".lock"
+        return lock.is_file() and lock.read_text(errors="replace").startswith(f"{MARK} ")
 
 
 def download(url, path, md5=""):

@@ -1,12 +1,13 @@
-"""Pictures, the report at the end of training, and --sample."""
+"""Pictures, the report at the end of training, --sample and --export."""
 from common import Draw, ode_times, solve
 from kit.config import dataset, to_pixels
 from kit.metrics import energy_distance, rms
-from kit.process import RANK, atomic_write, fail, reading
+from kit.process import HINTS, RANK, atomic_write, fail, reading
 from kit.teachers import load_net, read_checkpoint
 from kit.text import TextToImage
-from kit.toys import exact_ode
+from kit.toys import Mixture, exact_ode
 
+import contextlib
 import json
 import math
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 from tqdm import tqdm
 
 
@@ -48,6 +50,7 @@ def density(points, size=240, half=1.0):
 
 def grid(images, columns=0):
     """uint8 (N, 3, H, W) -> one picture, about square or with so many columns. Small images are enlarged."""
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].repeat(1, 3, 1, 1)
     n, c, h, w = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     sheet = np.full((-(-n // columns) * h, columns * w, c), 255, np.uint8)
@@ -70,6 +73,14 @@ def noise_and_labels(cfg, shape, classes, lo, hi, seed, device):
     return noise, labels if classes else None, gen
 
 
+def reported(run, step):
+    """Whether an earlier sitting of a resumed run has come to the end of this report."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        there = (run.out / f"samples-{step:06d}.png").exists()
+        return there and json.loads((run.out / "metrics.json").read_text())["steps"] == step
+    return False
+
+
 @torch.no_grad()
 def report(cfg, run, step, sample, net, data, teacher, nfes):
     """Draw and measure what the EMA network samples, at each number of network evaluations (NFE) in nfes.
@@ -77,11 +88,11 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
     Points: the energy distance to fresh data of the samples, of the exact ODE's samples, and of other data;
     and the ODE error E, the RMS between samples of nfes[0] evaluations and the exact solution from the same
     noise. Images: the samples beside the teacher's. Writes samples-*.png and metrics.json."""
-    if RANK:
+    if RANK or reported(run, step):
         return
     nfes = (35,) if cfg.mode == "diffusion" else nfes
-    toy = len(data.shape) == 1
-    n = 5000 if toy else 36 if data.shape[0] == 3 and data.shape[1] <= 64 else 4
+    points, toy = len(data.shape) == 1, isinstance(data, Mixture)
+    n = 5000 if points else 36 if data.shape[0] == 3 and data.shape[1] <= 64 else 4
     noise, y, gen = noise_and_labels(cfg, data.shape, net.options["classes"], 0, n, 12345, run.device)
     columns = {}
     metrics = dict(seconds=round(time.time() - run.began, 1), steps=step)
@@ -89,26 +100,30 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
         run.bar.n = step  # tqdm itself lags behind, and would end below 100 %
         run.bar.close()
     tqdm.write("drawing samples" + (" and solving the ODE exactly, about 4 s" if toy else ""))
-    if toy:
+    if points:
         fresh, other = (data.batch(Draw(cfg.seed, 2**32 + i, 0, n, run.device))[0] for i in (0, 1))
-        exact = exact_ode(data, noise, y, cfg.sigma_d)
-        columns = {"data": fresh, "exact ODE": exact}
-        distances = {"ode": energy_distance(exact, fresh), "data": energy_distance(other, fresh)}
-    elif teacher is not None and not isinstance(teacher, TextToImage):  # which is of use with guidance alone
+        columns, distances = {"data": fresh}, {"data": energy_distance(other, fresh)}
+    if toy:
+        exact = columns["exact ODE"] = exact_ode(data, noise, y, cfg.sigma_d)
+        distances = {"ode": energy_distance(exact, fresh)} | distances
+    elif isinstance(teacher, nn.Module) and not isinstance(teacher, TextToImage):  # that one needs guidance
         solved = solve(teacher, noise, ode_times(18, cfg.sigma_d), y, cfg.sigma_d)
-        columns = {"teacher, 35 NFE": data.to_pixels(solved)}
+        columns["teacher, 35 NFE"] = to_pixels(solved, cfg)
     for nfe in nfes:
         x = sample(net, noise, y, nfe, cfg, gen)
-        columns[f"{cfg.mode}, {nfe} NFE"] = x if toy else data.to_pixels(x)
-        if toy:
+        columns[f"{cfg.mode}, {nfe} NFE"] = to_pixels(x, cfg)
+        if points:
             distances[str(nfe)] = energy_distance(x, fresh)
+        if toy:
             metrics.setdefault("ode_error", rms(x, exact))
     panels(columns, run.out / f"samples-{step:06d}.png")
-    if toy:
+    if points:
         metrics["energy_distance"] = distances
-        run.log(step, ode_error=metrics["ode_error"], energy_distance=distances[str(nfes[0])])
+        run.log(step, **{k: v for k, v in metrics.items() if k == "ode_error"},
+                energy_distance=distances[str(nfes[0])])
         print("energy distance to fresh data:  " + "  ".join(
             f"{k + ' NFE' if k.isdigit() else k} {v:.5f}" for k, v in distances.items()))
+    if toy:
         print(f"ODE error E = {metrics['ode_error']:.4f}   (RMS of {nfes[0]} NFE against the exact solution)")
     atomic_write(run.out / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     print(f"{step} steps, {metrics['seconds']:.0f} s; wrote {run.out}/samples-{step:06d}.png")
@@ -118,11 +133,17 @@ def export(cfg):
     """--export FOLDER: the averaged network as model.safetensors, and config.json with the arguments of
     kit.networks.build, the script's name and the mode. Of a text-to-image run, its adapters."""
     net, folder = load_net(cfg.out), Path(cfg.export)
+    ours = {"model.safetensors", "config.json"}, {"pytorch_lora_weights.safetensors", "inference.json"}
+    with reading(f"cannot write {folder}"):
+        if folder.exists() and {path.name for path in folder.iterdir()} not in (set(), *ours):
+            fail(f"--export {folder} holds other files: choose a new folder")
     if isinstance(net, TextToImage):
         folder.mkdir(parents=True, exist_ok=True)
         return net.export(folder, cfg.inference())
     from safetensors.torch import save
     known = read_checkpoint(cfg.out)
+    if "diffusers" in known["options"]:
+        fail(f"{cfg.out} is diffusers' own already: use its from_pretrained")
     about = dict(options=known["options"], script=known["script"], mode=cfg.mode)
     weights = save({k: v.contiguous() for k, v in net.state_dict().items() if not k.startswith("extra.")})
     atomic_write(folder / "model.safetensors", lambda file: file.write(weights))
@@ -138,7 +159,7 @@ def write_npz(path, x, labels):
 
 
 def place(out):
-    """Where to put what a run has sampled: its folder, that of a file, or of a hub id one in out/."""
+    """The folder for what is sampled from --out: the run's, the file's, or out/NAME for a hub id or URL."""
     path = Path(out)
     with reading(f"cannot read {out}"):
         return str(path if path.is_dir() else path.parent if path.is_file() else Path("out", path.stem))
@@ -157,15 +178,26 @@ def write_samples(cfg, sample):
     if cfg.label >= 0 and cfg.label >= classes:
         valid = f"the classes are 0..{classes - 1}" if classes else "the network has no classes"
         fail(f"--label {cfg.label}: {valid}")
-    parts, labels = [], []
-    for lo in tqdm(range(0, cfg.sample, 1024), desc="sample", disable=None):
-        part = lo, min(lo + 1024, cfg.sample)
+    HINTS["memory"] = "--sample fewer, with other seeds"
+    at_once, parts, labels = max(1, min(1024, 2**22 // math.prod(shape))), [], []  # 341 of 64 x 64 pixels
+    lo, bar = 0, tqdm(total=cfg.sample, desc="sample", disable=None)
+    while lo < cfg.sample:
+        part = lo, min(lo + at_once, cfg.sample)
         noise, y, gen = noise_and_labels(cfg, shape, classes, *part, cfg.seed, device)
-        parts.append(sample(net, noise, y, cfg.nfe, cfg, gen).cpu())
+        try:
+            x = sample(net, noise, y, cfg.nfe, cfg, gen)
+            parts.append((x.cpu(), to_pixels(x, cfg).cpu()))
+        except (MemoryError, RuntimeError) as error:
+            if at_once == 1 or not isinstance(error, MemoryError) and "memory" not in str(error):
+                raise
+            at_once = (at_once + 1) // 2  # sample i is the same, however many are drawn at once
+            continue
         labels.append(y)
-    x = torch.cat(parts)
+        lo = part[1]
+        bar.update(len(x))
+    bar.close()
+    x, values = (torch.cat(column) for column in zip(*parts))
     path = Path(cfg.save or f"{place(cfg.out)}/samples.png")
-    values = torch.cat([to_pixels(part.to(device), cfg).cpu() for part in parts])
     if len(shape) == 1:
         fresh, _ = dataset(cfg).batch(Draw(cfg.seed, 2**32, 0, min(len(x), 5000)))
         print(f"energy distance to fresh data, {cfg.nfe} NFE: {energy_distance(x[:5000], fresh):.5f}")

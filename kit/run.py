@@ -1,18 +1,21 @@
 """One training run: optimizer, averages, micro-batches, log, save, resume; and a forecast of memory."""
 from kit.config import dataset, kind
 from kit.networks import build
-from kit.process import (HINTS, RANK, WORLD, atomic_write, barrier, end_at_sigterm, fail, lock_folder,
-                         reading, start_processes, writing)
-from kit.teachers import load_teacher, network, read_checkpoint, shorten
+from kit.process import (HINTS, RANK, WORLD, atomic_write, barrier, end_at_sigterm, fail, is_ours,
+                         lock_folder, reading, start_processes, write_together, writing)
+from kit.teachers import init_path, load_init, load_teacher, network, read_checkpoint, shorten
 from kit.text import Captions, TextToImage
 from kit.toys import Mixture
 
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import io
 import json
 import math
+import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -29,10 +32,14 @@ def dry_run(cfg):
     if kind(cfg.dataset) is Captions:
         fail("--dry_run knows no text-to-image pipeline")
     start_processes()
+    check_out(cfg)
     data = dataset(cfg)
     teacher = load_teacher(cfg, data, "cpu")
     with torch.device("meta"):
-        options = network(dataclasses.replace(cfg, init="none"), data, "meta").options
+        net = network(dataclasses.replace(cfg, init="none"), data, "meta")
+    if init_path(vars(cfg)):
+        load_init(net, cfg, data)
+    options = net.options
     parameters, flops, fixed, sample = estimate(options, cfg.checkpointing)
     copies = 5 + (teacher is not None and not isinstance(teacher, Mixture))  # net, EMA, gradient, Adam's two
     weights = 4 * copies * parameters + fixed
@@ -73,7 +80,8 @@ def estimate(options, checkpointing):
 
 
 def divisors(n):
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def largest_micro(net, share, free, extra=0):
@@ -101,25 +109,46 @@ def lerp(average, net, beta):
         torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - beta)
 
 
+def check_out(cfg):
+    """Ends the program if a run must not write to --out."""
+    out = Path(cfg.out)
+    if "://" in cfg.out:
+        fail(f"--out {out} is no folder to write to")
+    with reading(f"--out {out}"):
+        if cfg.data and Path(cfg.data).is_dir() and Path(cfg.data).resolve() in out.resolve().parents:
+            fail(f"--out {out} lies in --data {cfg.data}, whose pictures it would join: choose another --out")
+        kept = (out / "ckpt.pt").is_file()
+    if not is_ours(out) and kept:
+        read_checkpoint(out)  # a copied run may lack the mark; another project's file ends the program
+    elif not is_ours(out):
+        fail(f"{out} holds other files, and no run of these scripts: choose another --out")
+    with reading(f"--out {out}"):
+        if (out / "ckpt.pt").exists() and not cfg.resume and not cfg.overwrite:
+            fail(f"{out} holds a run already: --resume it, --overwrite it, or choose another --out")
+        sources = Path(cfg.teacher).resolve(), Path(cfg.init).resolve()
+        if cfg.overwrite and out.resolve() in sources:
+            fail(f"--overwrite would replace {out}, the --teacher or --init: choose another --out")
+
+
 class Run:
     """The mechanics of one training run: processes, device, output folder, log and checkpoints."""
+
     def __init__(self, cfg):
         self.cfg = cfg
         self.out = Path(cfg.out)
-        self.bad = 0
+        self.bad = 0  # steps in a row whose loss was not finite, or out of all proportion
+        self.diverged = False  # whether weights have moved since it was
+        self.usual = None  # size of the loss, on average
         self.skipped = 0
+        self.stopped = self.stopping = 0  # the signal that has come; whether all processes know of one
         self.began = time.time()  # moved back by what earlier sittings of a resumed run took
-        self.new_log = not cfg.resume
+        self.lines = None if cfg.resume else []  # of the log, until the run's first checkpoint
         self.micro = 0
         self.device = start_processes()
+        check_out(cfg)
+        barrier()  # all processes look before rank 0 leaves its mark
         if RANK == 0:
             self.lock = lock_folder(self.out)
-        with reading(f"--out {self.out}"):
-            if (self.out / "ckpt.pt").exists() and not cfg.resume and not cfg.overwrite:
-                fail(f"{self.out} holds a run already: --resume it, --overwrite it, or choose another --out")
-            sources = Path(cfg.teacher).resolve(), Path(cfg.init).resolve()
-            if cfg.overwrite and self.out.resolve() in sources:
-                fail(f"--overwrite would replace {self.out}, the --teacher or --init: choose another --out")
         barrier()  # all processes check --out before rank 0 writes to it
         end_at_sigterm()
 
@@ -146,8 +175,8 @@ class Run:
     def wrap(self, net):
         """The network that takes gradients, compiled and in DistributedDataParallel as the flags want it."""
         self.split(net)
-        if net.options["classes"] and getattr(net, "names", []) and RANK == 0:
-            print(f"classes 0, 1, ..: {shorten(net.names)}")
+        if net.options["classes"] and self.made_from["classes"] and RANK == 0:
+            print(f"classes 0, 1, ..: {shorten(self.made_from['classes'])}")
         if self.cfg.compile:  # with eager random numbers: the JVP is never compiled and needs the same masks
             net = torch.compile(net, options=dict(fallback_random=True))
         return nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
@@ -157,27 +186,46 @@ class Run:
         return net.no_sync() if WORLD > 1 and rows != self.rows[-1] else contextlib.nullcontext()
 
     def mean(self, value):
-        """Mean over the processes of a scalar tensor that each has averaged over its rows."""
+        """Mean over the processes of a scalar tensor that each has averaged over its rows. On the way, they
+        tell each other of signals, so that all end after the same step."""
+        stopped = torch.tensor(float(self.stopped > 0), device=value.device)
+        both = torch.stack([value.float(), stopped])
         if WORLD > 1:
-            dist.all_reduce(value)
-        return value / WORLD
+            dist.all_reduce(both)
+        self.stopping = bool(both[1])
+        return both[0] / WORLD
 
-    def finite(self, *values):
-        """False if the step is to be skipped. Fifty such steps in a row end the run."""
-        self.bad = 0 if all(math.isfinite(v) for v in values) else self.bad + 1
-        self.skipped += bool(self.bad)
+    def finite(self, loss, grad_norm):
+        """False if the step is to be skipped, because loss or gradient is not finite. While the loss is a
+        million times what it was, nothing is saved. After fifty steps of either kind the run ends."""
+        good, size = math.isfinite(loss) and math.isfinite(grad_norm), abs(float(loss))
+        wild = not good or self.usual is not None and size > 1e6 * max(self.usual, 1e-3)
+        if not wild:
+            self.usual = size if self.usual is None else 0.98 * self.usual + 0.02 * size
+        self.bad = self.bad + 1 if wild else 0
+        self.diverged = wild and (good or self.diverged)
+        self.skipped += not good
         if self.bad == 50:
-            fail(f"stopped: 50 steps in a row had a non-finite loss or gradient; {self.out} keeps the last "
-                 "checkpoint; try a lower --lr, or --dtype fp32")
-        return not self.bad
+            kind = "a loss a million times what it was" if good else "a non-finite loss or gradient"
+            fail(f"stopped: 50 steps in a row had {kind}; {self.out} keeps the last checkpoint from before; "
+                 "try a lower --lr, or --dtype fp32")
+        return good
 
-    def resume(self, state):
-        """Load everything in `state` from the checkpoint; returns the step to go on from."""
+    def begin(self, state, data, teacher):
+        """The step to begin with: 0, or of --resume that of the checkpoint, from which all of `state` is
+        loaded. `data` and `teacher` must then be those of before, by content, wherever they are now."""
+        self.state = state
+        self.made_from = dict(classes=getattr(data, "names", []), data=getattr(data, "fingerprint", ""),
+                              teacher=digest(teacher))
+        if not self.cfg.resume:
+            return 0
         ckpt = read_checkpoint(self.out)
-        names = getattr(state["net"], "names", [])
-        if ckpt.get("names") and names and ckpt["names"] != names:
-            fail(f"{self.out} was trained with the classes {shorten(ckpt['names'])}; this data has "
-                 f"{shorten(names)}: give the --data of before")
+        for name, before in ckpt.get("made_from", {}).items():
+            now = self.made_from.get(name)
+            if before and now and before != now:
+                told = f" ({shorten(now)} instead of {shorten(before)})" if name == "classes" else ""
+                fail(f"{self.out} was trained with other {name}{told}: give those of before with "
+                     f"--{'teacher' if name == 'teacher' else 'data'}, or start anew with another --out")
         for name, options in ckpt.get("extra", {}).items():  # what the script has added while training
             if name not in state["ema"].extra:
                 state["ema"].extra[name] = build(options).eval().requires_grad_(False).to(self.device)
@@ -190,63 +238,124 @@ class Run:
                   "noise are the same, but sums are rounded in another order, so not bit for bit")
         if ckpt["step"] >= self.cfg.steps:
             print(f"{self.out} is finished, at step {ckpt['step']}; a higher --steps goes on")
-        if RANK == 0:  # forget the lines that the checkpoint does not know, and what a crash has torn
-            path = self.out / "log.jsonl"
-            kept = []
-            with reading(f"cannot read {path}"):
-                lines = path.read_bytes().splitlines() if path.exists() else []
-            for line in lines:
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    kept += [line + b"\n"] if json.loads(line)["step"] <= ckpt["step"] else []
-            atomic_write(path, lambda file: file.writelines(kept))
+        if RANK == 0:
+            self.clean_log(ckpt["step"])
+            if isinstance(state["ema"], TextToImage):  # the file of a killed run may be older
+                state["ema"].export(self.out, self.cfg.inference())
         return ckpt["step"]
 
+    def clean_log(self, step):
+        """Forget the lines that the checkpoint of this step does not know, and what a crash has torn."""
+        path, kept = self.out / "log.jsonl", []
+        with reading(f"cannot read {path}"):
+            lines = path.read_bytes().splitlines() if path.exists() else []
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                kept += [line + b"\n"] if json.loads(line)["step"] <= step else []
+        atomic_write(path, lambda file: file.writelines(kept))
+
+    def due(self, step):
+        """Whether a checkpoint is to be written after this step."""
+        cfg = self.cfg
+        kept = cfg.keep_every and step % cfg.keep_every == 0
+        return step % cfg.save_every == 0 or kept or step in (1, cfg.steps)
+
     def save(self, state, step):
-        """Write ckpt.pt and config.json. The first time is after the first step, so that a run whose first
-        step fails overwrites nothing. All numbers are drawn from (seed, step, position), so seed and step are
+        """Write ckpt.pt and config.json; a run that replaces another does so with its first checkpoint, after
+        the first step, as a whole. All numbers are drawn from (seed, step, position), so seed and step are
         the whole state of the RNG."""
-        if RANK:
+        if self.diverged and step == self.cfg.steps:
+            fail(f"the loss ended a million times higher than it was; {self.out} keeps the last checkpoint "
+                 "from before; try a lower --lr")
+        if RANK or self.diverged:
             return
-        text = json.dumps(vars(self.cfg), indent=1)
-        atomic_write(self.out / "config.json", lambda file: file.write(text.encode()))
-        if self.new_log:  # the log of an overwritten run
-            (self.out / "log.jsonl").unlink(missing_ok=True)
-            self.new_log = False
+        cfg = self.cfg
         ckpt = {name: part.state_dict() for name, part in state.items()}
-        ckpt |= dict(script=Path(inspect.getfile(type(self.cfg))).stem, config=vars(self.cfg), step=step,
-                     options=state["net"].options, rng=self.cfg.seed, world=WORLD, micro=self.micro)
-        ckpt["names"] = getattr(state["net"], "names", [])  # of the classes
+        ckpt |= dict(script=Path(inspect.getfile(type(cfg))).resolve().stem, config=vars(cfg), step=step,
+                     options=state["net"].options, rng=cfg.seed, world=WORLD, micro=self.micro)
+        ckpt["made_from"] = self.made_from
         ckpt["extra"] = {name: part.options for name, part in state["ema"].extra.items()}
         ckpt["seconds"] = time.time() - self.began
-        atomic_write(self.out / "ckpt.pt", lambda file: torch.save(ckpt, file))
+        text = json.dumps(vars(cfg), indent=1)
+        files = {self.out / "ckpt.pt": lambda file: torch.save(ckpt, file),
+                 self.out / "config.json": lambda file: file.write(text.encode())}
+        if self.lines is not None:
+            files[self.out / "log.jsonl"] = lambda file: file.write("".join(self.lines).encode())
+        write_together(files)
+        if self.lines is not None:  # what is left of a replaced run
+            for path in self.out.iterdir():
+                if re.fullmatch(r"metrics\.json|samples-\d{6,}\.png|ckpt-\d{6,}\.pt", path.name):
+                    path.unlink(missing_ok=True)
+            self.lines = None
+        if cfg.keep_every and step % cfg.keep_every == 0:
+            atomic_write(self.out / f"ckpt-{step:06d}.pt", lambda file: torch.save(ckpt, file))
         if isinstance(state["ema"], TextToImage):
-            state["ema"].export(self.out, self.cfg.inference())
+            state["ema"].export(self.out, cfg.inference())
         HINTS["stopped"] = f"; --resume goes on from the checkpoint in {self.out}"
 
     def steps(self, start):
-        """The training steps, behind a progress bar, or with a line every 10 s if stderr is no terminal."""
+        """The training steps, behind a progress bar, or with a line every 10 s if stderr is no terminal.
+        SIGTERM and Ctrl-C let the step end and save it; a second one ends at once."""
         tty = sys.stderr.isatty()
         self.bar = tqdm(range(start, self.cfg.steps), initial=start, total=self.cfg.steps, disable=RANK > 0,
                         desc=f"{self.out} {self.cfg.mode}", unit="step", dynamic_ncols=True,
                         mininterval=0.5 if tty else 10, file=None if tty else Lines())
-        return self.bar
+        before = {}
+        with contextlib.suppress(ValueError):  # not in the main thread
+            before = {number: signal.signal(number, self.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            for step in self.bar:
+                yield step
+                if self.stopping:
+                    self.save(self.state, step + 1)
+                    self.bar.close()
+                    end(self.stopped or signal.SIGTERM)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stop(self, number, frame):
+        if self.stopped:
+            end(number)
+        self.stopped = number
+        if RANK == 0:
+            tqdm.write("ending after this step, which is saved; once more ends at once", file=sys.stderr)
 
     def log(self, step, **values):
         """Write one line of log.jsonl, and show its losses beside the progress bar. Loss and gradient are
         those of the global batch; what the method adds is of rank 0's last micro-batch."""
         if RANK:
             return
-        values = {k: float(v) for k, v in values.items()}
+        values = {k: float(v) for k, v in values.items()} | (dict(diverging=self.bad) if self.bad else {})
         seconds = time.time() - self.began
         line = json.dumps(dict(step=step, **values, skipped=self.skipped, seconds=round(seconds, 2),
-                               samples_per_s=round(step * self.cfg.batch / seconds, 1)))
-        with writing(self.out / "log.jsonl"):
-            self.out.mkdir(parents=True, exist_ok=True)
-            with open(self.out / "log.jsonl", "w" if self.new_log else "a") as file:
-                file.write(line + "\n")
-        self.new_log = False
+                               samples_per_s=round(step * self.cfg.batch / seconds, 1))) + "\n"
+        if self.lines is not None:
+            self.lines.append(line)
+        else:
+            with writing(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
+                file.write(line)
         shown = {k: f"{v:.3g}" for k, v in values.items() if k not in ("lr", "grad_norm")}
         self.bar.set_postfix(shown, refresh=False)
+
+
+def end(number):
+    """End as the signal asks: Ctrl-C by last_words' line, SIGTERM with its own and exit code 143."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    if RANK == 0:
+        tqdm.write(f"stopped by SIGTERM{HINTS['stopped']}", file=sys.stderr)
+    raise SystemExit(143)
+
+
+def digest(net):
+    """Which weights a frozen network has: a hash of some entries of each tensor. "" if it is no network."""
+    found = hashlib.sha1()
+    frozen = [p for p in net.parameters() if not p.requires_grad] if isinstance(net, nn.Module) else []
+    for p in frozen:
+        flat = p.detach().flatten()
+        found.update(repr((tuple(p.shape), flat[::max(1, len(flat) // 64)].float().tolist())).encode())
+    return found.hexdigest() if frozen else ""
 
 
 class Lines(io.TextIOBase):

@@ -5,6 +5,8 @@ from kit.process import download, fail, reading, start_processes
 from kit.text import Epsilon, TextToImage
 
 import dataclasses
+import functools
+import hashlib
 import re
 import urllib.parse
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 
-KNOWN = f"the known names are {', '.join(PUBLISHED)}"
+KNOWN_NAMES = f"the known names are {', '.join(PUBLISHED)}"
 
 
 def find(source):
@@ -26,33 +28,45 @@ def find(source):
         return Path(source)
     if source in PUBLISHED or re.match("https?://", source):
         url = PUBLISHED.get(source, source)
-        path = Path("data/teachers", Path(urllib.parse.urlparse(url).path).name)
+        with reading(f"{url} is no URL"):
+            name = Path(urllib.parse.urlparse(url).path).name
+        if source not in PUBLISHED:  # other files have the same name: each run's is ckpt.pt
+            name = f"{hashlib.sha1(url.encode()).hexdigest()[:8]}-{name}"
+        path = Path("data/teachers", name)
         start_processes()  # the others wait for rank 0
         download(url, path)
         return path
     if source == "help":
-        fail(f"{KNOWN}; a run's folder, a file, a URL and a hub id of diffusers will do as well")
+        fail(f"{KNOWN_NAMES}; a run's folder, a file, a URL and a hub id of diffusers will do as well")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not Path(source).parent.exists():
         return source
     return Path(source)
 
 
 def read_checkpoint(source):
-    """The dict in a run folder's ckpt.pt or in a file, or one like it of what else `find` knows: `script`, or
-    the class of another project's network; `config`, with its mode and what a student takes over; `options`
-    of the network; `ema`, weights, and the rest of a run. Loads tensors and plain values only, never code."""
+    """The checkpoint in a run's folder or a file, or a dict in that form for whatever else `find` knows: its
+    `script`, or the class of another project's network; `config`, with its mode and what a student takes
+    over; `options` of the network; `ema`, its weights. Loads tensors and plain values only, never code."""
     path = find(source)
     if is_diffusers(path):
         return read_diffusers(path)
     with reading(f"cannot read {path}"):
-        path = path / "ckpt.pt" if path.is_dir() or not path.suffix else path
+        path = path if path.is_file() or path.suffix and not path.is_dir() else path / "ckpt.pt"
         if not path.exists():
             inside = [str(p.parent) for p in sorted(path.parent.glob("*/ckpt.pt"))]
-            others = f"; there are runs in {', '.join(inside)}" if inside else f"; {KNOWN}"
+            others = f"; there are runs in {', '.join(inside)}" if inside else f"; {KNOWN_NAMES}"
             fail(f"no checkpoint at {path}{others}")
+    stamp = path.stat()
+    return dict(read_file(path, stamp.st_mtime_ns, stamp.st_size))
+
+
+@functools.lru_cache(maxsize=1)
+def read_file(path, *stamp):
+    """The last file is remembered, because config, network and teacher ask for it in turn."""
     if path.suffix == ".pkl":
         return read_edm(path)
-    with reading(f"{path} is truncated, or no checkpoint"):
+    anew = "; delete it to download it anew" if path.parent == Path("data/teachers") else ""
+    with reading(f"{path} is truncated, or no checkpoint{anew}"):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     kinds = dict(script=str, config=dict, options=dict, net=dict, ema=dict, step=int, seconds=float)
     if not isinstance(ckpt, dict) or not all(isinstance(ckpt.get(k), kind) for k, kind in kinds.items()):
@@ -66,7 +80,7 @@ def network(cfg, data, device="cpu", **options):
     its own, as captions do."""
     if hasattr(data, "student"):
         net = data.student()
-        if init_path(vars(cfg)):
+        if init_path(vars(cfg)) and not cfg.resume:
             with reading(f"--init {cfg.init} has other adapters"):
                 net.load_state_dict(read_checkpoint(cfg.init)["ema"])
         return net
@@ -74,8 +88,8 @@ def network(cfg, data, device="cpu", **options):
     options = dict(shape=data.shape, classes=data.classes if cfg.conditional else 0, dropout=cfg.dropout,
                    dropout_res=cfg.dropout_res, dtype=cfg.dtype, **own, **options)
     net = build(options, cfg.seed)
-    net.checkpointing, net.names = cfg.checkpointing, getattr(data, "names", [])
-    if init_path(vars(cfg)):
+    net.checkpointing = cfg.checkpointing
+    if init_path(vars(cfg)) and not cfg.resume:  # a checkpoint has all that came of it
         load_init(net, cfg, data)
     return net.to(device)
 
@@ -104,7 +118,8 @@ def load_net(path, data=None, sigma_d=0.5):
 
 def check_fit(path, ckpt, data):
     """Ends the program if a checkpoint is for other samples, other classes or other latents than the data."""
-    options, names, space = ckpt["options"], ckpt.get("names"), ckpt["config"].get("space")
+    options, space = ckpt["options"], ckpt["config"].get("space")
+    names = ckpt.get("made_from", {}).get("classes")
     if tuple(options["shape"]) != data.shape:
         fail(f"{path} is a network for shape {tuple(options['shape'])}; this data has {data.shape}")
     if options["classes"] not in (0, data.classes):
@@ -126,14 +141,20 @@ def load_teacher(cfg, data, device):
     mixture, the pipeline of captions); None if there is none."""
     if cfg.teacher == "exact":
         own = getattr(data, "teacher", None)
-        return own or fail(f"--teacher exact knows only --dataset gmm, not {cfg.dataset}: give a run folder")
+        if own is None and cfg.distills():
+            fail("--teacher exact is for mixtures and pipelines, such as --dataset gmm, not for the data of "
+                 f"--dataset {cfg.dataset}: give a run folder")
+        return own
     if not cfg.teacher:
         return None
-    known = read_checkpoint(cfg.teacher)["config"]
+    ckpt = read_checkpoint(cfg.teacher)
+    known, options = ckpt["config"], ckpt["options"]
+    if "diffusers" in options and options["classes"] and not cfg.conditional:
+        fail(f"--teacher {cfg.teacher} always takes a label: add --conditional")
     if cfg.distills() and known.get("mode", "diffusion") != "diffusion":
         fail(f"--teacher {cfg.teacher} is no diffusion model, but of --mode {known['mode']}: to go on from "
              "it, give it with --init")
-    if cfg.distills() and (cfg.guided() or cfg.label_dropout) and not known.get("label_dropout"):
+    if cfg.distills() and (cfg.guides_teacher() or cfg.label_dropout) and not known.get("label_dropout"):
         fail(f"--teacher {cfg.teacher} was never trained without label, and guidance or --label_dropout asks "
              "it for that: make one with --mode diffusion --label_dropout 0.1, from this one by --init")
     return load_net(cfg.teacher, data, cfg.sigma_d).to(device)

@@ -1,4 +1,4 @@
-"""Networks of diffusers that predict eps, and text-to-image pipelines with LoRA and captions."""
+"""Networks that predict eps or v; text-to-image pipelines with LoRA and captions."""
 from common import like
 from kit.data import autoencoder, decode, decode_latents, to_uint8
 from kit.networks import DTYPES
@@ -71,7 +71,7 @@ class TextToImage(Epsilon):
         super().__init__(scheduler.betas, sigma_d, scheduler.config.prediction_type)
         for p in unet.parameters():
             p.data = p.data.float() if p.requires_grad else p.data
-        self.unet, self.adapted, self.text, self.half = unet, adapted, text, DTYPES[dtype]
+        self.unet, self.adapted, self.text, self.precision = unet, adapted, text, DTYPES[dtype]
         self.extra = nn.ModuleDict()  # as of every network (see networks.build)
         self.options = dict(
             shape=shape, pretrained=pretrained, image_size=image_size, lora_rank=lora_rank,
@@ -107,7 +107,7 @@ class TextToImage(Epsilon):
         size = z.new_tensor([side, side, 0, 0, side, side]).expand(len(z), 6)
         added = dict(text_embeds=pooled, time_ids=size) if pooled.numel() else None  # SD 1.5 takes none
         self.unet.enable_adapters() if self.adapted else self.unet.disable_adapters()
-        with torch.autocast(z.device.type, self.half, enabled=self.half != torch.float32):
+        with torch.autocast(z.device.type, self.precision, enabled=self.precision != torch.float32):
             eps = self.unet(z, step + self.options["first_label"], prompts, added_cond_kwargs=added).sample
         self.unet.enable_adapters()
         return eps.float()
@@ -169,7 +169,7 @@ class Captions:
         vae = autoencoder(cfg, device)
         for path, _ in tqdm(pairs, desc="encode", leave=False, disable=None):
             x = torch.from_numpy(decode(path, Path.read_bytes, cfg.image_size).copy())[None].to(device)
-            with torch.no_grad():
+            with torch.no_grad(), reading(f"--image_size {cfg.image_size} does not suit the autoencoder"):
                 latent = vae.encode(x.float() / 127.5 - 1).latent_dist.mean
             latents.append(latent.cpu() * vae.config.scaling_factor)
         self.latents, self.classes = torch.cat(latents), len(pairs)

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import eval as evaluation
 import kit
 import multistep_cm
+from kit.process import end_at_sigterm
 
 
 @dataclass
@@ -244,6 +245,9 @@ def draw(claim, folders, cells, path):
     pyplot.close(figure)
 
 
+CHILDREN = []  # started and perhaps still at work
+
+
 def spread(values, digits):
     """Mean (lowest-highest)."""
     return f"{sum(values) / len(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
@@ -258,9 +262,12 @@ def train_once(command, out):
         script, *flags = command.split()
         command = [sys.executable, str(ROOT / script), *flags, "--out", out, "--overwrite"]
         environment = os.environ | dict(OMP_NUM_THREADS="1")
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            kit.fail(f"{' '.join(command)} stopped: {done.stderr.strip().splitlines()[-1]}")
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+        with subprocess.Popen(command, **quiet) as child:
+            CHILDREN.append(child)
+            _, text = child.communicate()
+        if child.returncode:
+            kit.fail(f"{' '.join(command)} stopped: {text.strip().splitlines()[-1]}")
         kept.write_text(" ".join([script, *flags]))
     return out
 
@@ -403,8 +410,16 @@ def main(argv=None):
             kit.fail(f"unknown claim {name!r}; the claims are toy, {', '.join(CLAIMS)}")
     args.eval = evaluation.parse_args(["x", "--features", args.features, "--samples", str(args.samples)])
     args.tools = evaluation.make_tools(args.eval, torch.device("cpu"))
-    for name in args.names:
-        dict(toy=toy, samplers=samplers).get(name, run)(name, args)
+    with kit.reading(f"--out {args.out} is no folder to write to"):
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    end_at_sigterm()
+    try:
+        for name in args.names:
+            dict(toy=toy, samplers=samplers).get(name, run)(name, args)
+    except (KeyboardInterrupt, SystemExit):
+        for child in CHILDREN:  # they save their step and end
+            child.terminate()
+        raise
     if not args.names:
         print("\n".join(f"{name:18}{claim.paper}" for name, claim in CLAIMS.items()))
 

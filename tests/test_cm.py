@@ -218,7 +218,8 @@ def images_run(train, folder):
 def test_edits_keep_what_is_known(name, images_run):
     """The known coefficients of the result are the input's; a picture is written."""
     a, b = images_run
-    words = ["--edit", name, "--input", a, "--mask", "mask.png", "--other", b, "--out", "run", "--sigma", "2"]
+    words = ["--edit", name, "--input", a, "--mask", "mask.png", "--other", b, "--out", "run", "--sigma", "2",
+             "--label", "1"]
     cm.main(words)
     assert Image.open(f"run/edit-{name}.png").size[0] > 24
     cfg = kit.parse_args(cm.Config, cm.PRESETS, cm.LOSSES, words)

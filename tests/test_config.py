@@ -20,9 +20,9 @@ import torch
 TINY = ["--channels", 16, "--blocks", 1, "--batch", 8, "--steps", 4, "--out", "run"]
 # What a resume may change, because the result does not depend on it (--micro changes dropout alone), and what
 # belongs to one call, in every script.
-FREE = {"out", "steps", "data", "log_every", "save_every", "sample_every", "micro", "compile",
-        "checkpointing"}
-CALL = {"resume", "overwrite", "dry_run", "sample", "nfe", "label", "prompt", "save"}
+FREE = {"out", "steps", "data", "teacher", "keep_every", "log_every", "save_every", "sample_every", "micro",
+        "compile", "checkpointing"}
+CALL = {"export", "resume", "overwrite", "dry_run", "sample", "nfe", "label", "prompt", "save"}
 PAPER = {  # sCM, App. G: dataset, mode, size -> what the paper's tables say
     ("imagenet64", "diffusion", "S"): dict(lr=1e-2, P_mean=-0.8, P_std=1.6, ema_sigma_rel=0.075, dropout=0.0),
     ("imagenet64", "diffusion", "XL"): dict(lr=7e-3, ema_sigma_rel=0.04, dropout=0.1, lr_ref=35_000),

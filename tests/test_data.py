@@ -27,11 +27,11 @@ def test_folder_and_zip_are_the_same_images(folder):
             archive.write(path, f"00000/img{i:08d}.png")
             labels.append([f"00000/img{i:08d}.png", "abc".index(path.parent.name)])
         archive.writestr("dataset.json", json.dumps(dict(labels=labels)))
-    a, la, _ = kit.data.image_folder(scm.Config(dataset="folder", data=str(folder)))
-    b, lb, _ = kit.data.image_folder(scm.Config(dataset="folder", data="edm.zip"))
+    a, la, *_ = kit.data.image_folder(scm.Config(dataset="folder", data=str(folder)))
+    b, lb, *_ = kit.data.image_folder(scm.Config(dataset="folder", data="edm.zip"))
     assert a.shape == (24, 3, 8, 8) and np.array_equal(a, b) and np.array_equal(la, lb)
     assert np.array_equal(a[0], np.asarray(Image.open(names[0])).transpose(2, 0, 1))
-    small, _, _ = kit.data.image_folder(scm.Config(dataset="folder", data=str(folder), image_size=4))
+    small, *_ = kit.data.image_folder(scm.Config(dataset="folder", data=str(folder), image_size=4))
     assert np.abs(small.mean((2, 3)) - a.mean((2, 3))).max() < 1  # box halving keeps the mean
 
 
@@ -53,7 +53,7 @@ def test_cifar10_binary_archive():
             info = tarfile.TarInfo("cifar-10-batches-bin/" + name)
             info.size = len(blob)
             archive.addfile(info, io.BytesIO(blob))
-    images, labels, names = kit.data.cifar10(scm.Config(dataset="cifar10", data="cifar.tar.gz"))
+    images, labels, names, _ = kit.data.cifar10(scm.Config(dataset="cifar10", data="cifar.tar.gz"))
     assert np.array_equal(images.reshape(4, -1), rows[:4, 1:]) and list(labels) == [3, 1, 4, 1]
 
 
@@ -219,7 +219,7 @@ def test_pixels_are_kept_by_all_processes(tmp_path, monkeypatch):
                     "--channels", 8, "--channel_mult", "1,1", "--blocks", 1))
     cfg, (two,) = scm.Config(dataset="folder", data=str(root)), Path("data/cache").iterdir()
     seen = dies(monkeypatch, 10**9)
-    rows, _, _ = kit.data.image_folder(cfg)
+    rows, *_ = kit.data.image_folder(cfg)
     assert len(seen) < 5 and len(rows) == 600  # nothing is decoded again, but for a first look
 
     Path("one").mkdir()
@@ -235,7 +235,7 @@ def test_pixels_are_kept_by_all_processes(tmp_path, monkeypatch):
     for name in ("rows.npy", "labels.npy", "done.npy"):
         assert (one / name).read_bytes() == (tmp_path / two / name).read_bytes()
     (one / "rows.npy").write_bytes((one / "rows.npy").read_bytes()[:-1000])
-    again, labels, _ = kit.data.image_folder(cfg)
+    again, labels, *_ = kit.data.image_folder(cfg)
     assert np.array_equal(again, rows) and np.bincount(labels).tolist() == [200] * 3
 
 

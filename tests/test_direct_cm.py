@@ -126,8 +126,7 @@ def test_both_students_share_their_draws(train, capsys):
     for mode in ("cm", "direct"):
         alone = train(*words, "--mode", mode, "--steps", 2, "--out", mode, script=direct_cm)
         assert same(alone["net"], kit.read_checkpoint(f"run/{mode}")["net"])
-    for flags, text in ((["--steps", "2"], "--overwrite"), (["--resume"], "run/direct")):
-        assert text in one_line(capsys, direct_cm.main, *words, *flags, "--out", "run")
+    assert "--overwrite" in one_line(capsys, direct_cm.main, *words, "--steps", "2", "--out", "run")
 
 
 def test_error_of_the_solver_itself_is_zero(train, monkeypatch):
@@ -155,3 +154,21 @@ def test_solution_is_the_solvers(ring):
         t = torch.full((8,), label)
         z = direct_cm.ode_step(ring[2], z, t, t - 200, y, cfg)
     assert torch.allclose(direct_cm.solution(ring[2], noise, y, cfg), z, atol=1e-12)
+
+
+def test_both_students_go_on_by_one_command():
+    """--resume auto starts the two, goes on with what a kill has left, and leaves what is finished alone."""
+    words = "--channels 16 --blocks 1 --batch 64 --steps 3 --intervals 4 --resume auto --out pair".split()
+    real = direct_cm.LOSSES["direct"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        def stops(*inputs):
+            if inputs[5] == 2:
+                raise KeyboardInterrupt
+            return real(*inputs)
+        patch.setitem(direct_cm.LOSSES, "direct", stops)
+        direct_cm.main(words)
+    first = kit.read_checkpoint("pair/cm")
+    assert first["step"] == 3 and kit.read_checkpoint("pair/direct")["step"] == 1
+    direct_cm.main(words)
+    assert kit.read_checkpoint("pair/direct")["step"] == 3
+    assert kit.read_checkpoint("pair/cm")["seconds"] == first["seconds"]

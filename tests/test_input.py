@@ -42,7 +42,8 @@ def damage():
     cut = {k: v[:1] if v.ndim else v for k, v in ckpt["ema"].items()}
     changes = dict(nokey=dict(step=None), noconfig=dict(config=3), nooptions=dict(options={}),
                    oldnames=dict(ema={"cond.linear.weight": torch.zeros(1)}), badshape=dict(ema=cut),
-                   noscript=dict(script="mine"), badtype=dict(config=ckpt["config"] | dict(seed="zero")))
+                   noscript=dict(script="mine"), module=dict(script="common"), itself=dict(script="eval"),
+                   badtype=dict(config=ckpt["config"] | dict(seed="zero")))
     for name, change in changes.items():
         Path(name).mkdir()
         torch.save(ckpt | change, f"{name}/ckpt.pt")
@@ -75,6 +76,10 @@ def damage():
     for name, array in arrays.items():
         np.savez(f"{name}.npz", arr_0=array)
     np.savez("mu.npz", mu=np.zeros(3))
+    with zipfile.ZipFile("raw.npz", "w") as archive:
+        archive.writestr("arr_0", "no array")
+    Path("flat").mkdir()
+    shutil.copy("pictures/a/0.png", "flat/0.png")
     Path("broken.npz").write_bytes(b"PK nothing")
     for net in (Tuples(), Floats(), Nans(), Means()):
         torch.jit.script(net).save(f"{type(net).__name__.lower()}.pt")
@@ -101,7 +106,7 @@ class Means(torch.nn.Module):
 
 
 FOLDER = ["--dataset", "folder", "--mode", "sct", "--data"]
-EDIT = ["--out", "cm", "--edit", "colorize", "--input"]
+EDIT = ["--out", "cm", "--label", "0", "--edit", "colorize", "--input"]
 INCEPTION = ["run", "--features", "inception", "--weights", "means.pt", "--samples", "8"]
 DAMAGED = dict(
     empty="no checkpoint", half="truncated", text="truncated", nokey="not written by",
@@ -155,12 +160,27 @@ CASES = [  # script, words, what the line says
     (multistep_cm, ["--figure", "--dataset", "gmm"], "--figure"),
     (direct_cm, ["--teacher="], "--teacher"), (direct_cm, ["--hops", "-1"], "--hops"),
     (cm, ["--mode", "ctcd", "--teacher="], "--teacher"),
+    (scm, ["--batch", "99999999999"], "--batch must be at most"), (scm, ["--batch", "0"], "--batch must be"),
+    (scm, ["--resume", "auto", "--overwrite", "--out", "toy"], "one of them"),
+    (scm, ["--flip", "auto"], "--flip"), (cm, ["--keep_every", "-1"], "--keep_every"),
+    (direct_cm, ["--pretrained", "--image_size", "1"], "--pretrained"),
+    (scm, ["--pretrained", "x", "--dataset", "gmm"], "text to image"),
+    (scm, ["--teacher", "help"], "edm2-img512-s"),
     # files
+    (scm, [*FOLDER, "flat"], "--conditional false"), (scm, ["--out", "pictures"], "holds other files"),
+    (scm, ["--dataset", "cifar10", "--mode", "sct", "--data", "labels.zip"], "--dataset folder"),
+    (scm, ["--dry_run", "--out", "toy"], "holds a run already"),
+    (scm, ["--export", "file", "--out", "toy"], "cannot write"),
+    (evaluation, ["raw.npz"], "no samples"), (evaluation, ["run", "--image_size", "-1"], "--image_size"),
+    (evaluation, ["run", "--samples", "8", "--nfe", "1", "--out", "file"], "cannot write"),
+    (evaluation, ["module"], "which is none"), (evaluation, ["itself"], "which is none"),
     (scm, [*FOLDER, "nowhere"], "nowhere"), (scm, [*FOLDER, "noimages"], "no images"),
     (scm, [*FOLDER, "file"], "zip"), (scm, [*FOLDER, "broken.zip"], "zip"),
     (scm, [*FOLDER, "labels.zip"], "dataset.json"), (scm, [*FOLDER, LONG], LONG[:50]),
     (scm, [*FOLDER, "central.zip"], "central.zip"), (scm, [*FOLDER, "mixed"], "beside them"),
-    (scm, [*FOLDER, "wide"], "--image_size"), (scm, [*FOLDER, "sizes"], "--image_size"),
+    (scm, [*FOLDER, "wide", "--conditional", "0"], "--image_size"),
+    (scm, [*FOLDER, "sizes", "--conditional", "0"], "--image_size"),
+    (scm, [*FOLDER, "wide"], "--conditional false"),
     (scm, [*FOLDER, "torn"], "1.png"), (scm, [*FOLDER, "float"], "8-bit"),
     (scm, ["--dataset", "folder", "--mode", "sct"], "--data"),
     (scm, ["--dataset", "cifar10", "--mode", "sct", "--data", "file"], "cifar-10-binary"),

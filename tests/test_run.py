@@ -327,11 +327,11 @@ def test_one_run_at_a_time_and_sigterm(tmp_path):
     _, text = first.communicate(timeout=60)
     assert first.returncode == 143 and text.count("SIGTERM") == 1 and "Traceback" not in text
     step = kit.read_checkpoint("run")["step"]
-    (tmp_path / "run" / ".ckpt.pt.123").write_bytes(b"half a checkpoint")
+    (tmp_path / "run" / f".ckpt.pt.123{kit.process.UNFINISHED}").write_bytes(b"half a checkpoint")
     with open(log, "ab") as file:
         file.write(b"\0" * 20 + b"\n")
     scm.main(["--resume", *out, "--steps", str(step + 2)])
-    assert not (tmp_path / "run" / ".ckpt.pt.123").exists()
+    assert not (tmp_path / "run" / f".ckpt.pt.123{kit.process.UNFINISHED}").exists()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, step + 3))
 
