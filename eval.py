@@ -266,6 +266,8 @@ def load_reference(args, cfg, features):
             held = ", ".join(map(str, file)) if isinstance(file, dict) else "no table"
             fail(f"--reference {path} holds {held}: not for --features {args.features}")
         return Reference(*read_moments(file[name], path))
+    if args.image_size and path.endswith((".npz", ".pkl")):
+        fail(f"--image_size resizes the images of folders and zips, not what --reference {path} holds")
     if path.endswith(".npz"):
         file = read_npz(path)
         if "mu" in file and "arr_0" not in file and args.features == "inception":
@@ -452,8 +454,8 @@ def measure(run, samples, nfe, n, reference, args, tools):
 def measure_images(samples, reference):
     size = tuple(samples["x"].shape[1:])
     if reference.shape not in (None, size):
-        fail(f"samples have the shape {size} and the images of --reference {reference.shape}: give "
-             f"--image_size {size[1]}")
+        way = f"give --image_size {size[1]}" if size[1] == size[2] else "give images of that shape"
+        fail(f"samples have the shape {size} and the images of --reference {reference.shape}: {way}")
     if len(reference.mean) != samples["features"].shape[1]:
         fail(f"--reference has {len(reference.mean)} features an image, --features gives "
              f"{samples['features'].shape[1]}")
