@@ -272,7 +272,7 @@ class Run:
         cfg = self.cfg
         ckpt = {name: part.state_dict() for name, part in state.items()}
         ckpt |= dict(script=Path(inspect.getfile(type(cfg))).resolve().stem, config=vars(cfg), step=step,
-                     options=state["net"].options, rng=cfg.seed, world=WORLD, micro=self.micro)
+                     options=state["net"].options, world=WORLD, micro=self.micro)
         ckpt["made_from"] = self.made_from
         ckpt["extra"] = {name: part.options for name, part in state["ema"].extra.items()}
         ckpt["seconds"] = time.time() - self.began

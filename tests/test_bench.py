@@ -1,4 +1,4 @@
-"""TODO bench."""
+"""tests/bench.py gpu: the whole list of checks, in its tiny form for a machine without a GPU."""
 import common
 
 import json
