@@ -93,14 +93,15 @@ def solve(net, x, times, y=None, sigma_d=0.5, solver="heun"):
     def velocity(x, t):
         return sigma_d * net(x / sigma_d, t.expand(len(x)), y).to(x.dtype)
 
+    ends = (times[1:] == 0).tolist()  # asked once, not in every step, which a GPU would wait for
     times = times.to(x.device)
-    for t, s in zip(times[:-1], times[1:]):  # from t down to s
+    for t, s, at_end in zip(times[:-1], times[1:], ends):  # from t down to s
         v_t = velocity(x, t)
         if solver == "euler":
             x = x + (s - t) * v_t
             continue
         x_s = torch.cos(t - s) * x - torch.sin(t - s) * v_t
-        if solver == "heun" and s > 0:
+        if solver == "heun" and not at_end:
             z_t = torch.sin(t) * x + torch.cos(t) * v_t
             z_s = torch.sin(s) * x_s + torch.cos(s) * velocity(x_s, s)
             x_s = x_s + torch.sin(s - t) / (2 * torch.cos(t)) * (z_s - z_t)
@@ -165,23 +166,28 @@ class Draw:
 
     Positions lo..hi come from blocks of 64, each with a generator of its own. So a resumed run, another
     number of processes and another size of micro-batch all see the numbers that one unbroken process would
-    see. Dropout masks alone depend on the micro-batch as a whole."""
+    see. Dropout masks alone depend on the micro-batch as a whole. Indices and labels are drawn on the CPU,
+    which makes the data the same on every machine; noise differs from one kind of GPU to the next."""
     BLOCK = 64
 
     def __init__(self, seed, step, lo, hi, device="cpu"):
         first, last = lo // self.BLOCK, (hi - 1) // self.BLOCK
         self.rows = slice(lo - first * self.BLOCK, hi - first * self.BLOCK)
-        self.device = device
+        self.place, self.device = (seed, step, lo, hi), torch.device(device)
         self.dropout_seed = self._mix(seed, step, lo, 1)
-        self.generators = [torch.Generator(device).manual_seed(self._mix(seed, step, block, 0))
-                           for block in range(first, last + 1)]
+        seeds = [self._mix(seed, step, block, 0) for block in range(first, last + 1)]
+        self.generators = [torch.Generator(device).manual_seed(number) for number in seeds]
+        self.host = self.generators  # the CPU's
+        if self.device.type != "cpu":
+            self.host = [torch.Generator().manual_seed(number) for number in seeds]
 
     @staticmethod
     def _mix(*numbers):
         return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
-    def _draw(self, function, *shape, **kw):
-        rows = [function(*shape, generator=g, device=self.device, **kw) for g in self.generators]
+    def _draw(self, function, *shape, host=False, **kw):
+        generators, device = (self.host, "cpu") if host else (self.generators, self.device)
+        rows = [function(*shape, generator=g, device=device, **kw) for g in generators]
         return torch.cat(rows)[self.rows]
 
     def normal(self, *shape, dtype=torch.float32):
@@ -192,13 +198,17 @@ class Draw:
         """Uniform on [0, 1), (B,) float64."""
         return self._draw(torch.rand, self.BLOCK, dtype=torch.float64)
 
-    def index(self, high):
-        """Integers from 0 to high - 1, (B,) int64."""
-        return self._draw(torch.randint, high, (self.BLOCK,))
+    def index(self, high, device=None):
+        """Integers from 0 to high - 1, (B,) int64, on this device or another."""
+        return self._draw(torch.randint, high, (self.BLOCK,), host=True).to(device or self.device)
+
+    def chance(self, rate):
+        """True at this rate, (B,) bool, on the CPU."""
+        return self._draw(torch.rand, self.BLOCK, host=True, dtype=torch.float64) < rate
 
     def labels(self, y, cfg):
         """The labels as cfg wants them: None unless conditional; each becomes -1 with rate label_dropout."""
-        return torch.where(self.uniform() < cfg.label_dropout, -1, y) if cfg.conditional else None
+        return torch.where(self.chance(cfg.label_dropout).to(y.device), -1, y) if cfg.conditional else None
 
     def same_dropout(self):
         """Call this before each pass that must use the same dropout masks."""

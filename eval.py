@@ -32,7 +32,8 @@ from kit.config import foreign_values, make_config
 from kit.edm import read_pickle
 from kit.metrics import (Moments, Reference, energy_distance, image_metrics, mode_shares, rms,
                          sliced_wasserstein)
-from kit.process import RANK, WORLD, atomic_write, barrier, download, fail, reading, start_processes
+from kit.process import (RANK, WORLD, atomic_write, barrier, download, fail, gathered, reading,
+                         start_processes)
 from kit.report import density, grid, write_npz
 from kit.toys import Mixture, exact_ode
 
@@ -49,7 +50,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as tnf
 from tqdm import tqdm
 
@@ -85,7 +85,8 @@ class Run:
         self.cfg = make_config(self.script.Config, ckpt["config"] | foreign_values(self.script.Config, ckpt))
         self.columns = dict(run=str(path), method=name, mode=self.cfg.mode, seconds=round(ckpt["seconds"]),
                             samples_seen=ckpt["step"] * self.cfg.batch)
-        self.net = kit.load_net(path).to(device)
+        self.net = kit.load_net(path, device=device)
+        self.images = len(self.net.options["shape"]) == 3
         if hasattr(self.net, "read"):
             self.net.read(prompts or fail(f"{path} draws from text: give --prompts FILE"))
 
@@ -141,7 +142,7 @@ class File:
 
     def __init__(self, path):
         self.x = torch.from_numpy(adm_samples(read_npz(path), path))
-        self.path, self.columns = path, dict(run=str(path))
+        self.path, self.columns, self.images = path, dict(run=str(path)), self.x.ndim == 4
 
     def sampler(self, nfe):
         return None
@@ -156,39 +157,39 @@ def rounds(n, batch, desc):
         yield min(lo + RANK * batch, n), min(lo + (RANK + 1) * batch, n)
 
 
-def gather(part):
-    """The parts, dicts of tensors, that the processes hold, row after row, on every process."""
-    parts = [part] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(parts, part)
-    return join(parts)
-
-
-def join(parts):
-    """[{a: rows, ..}, ..] -> {a: all rows, ..}."""
+def gather(moments, held):
+    """What the processes hold, Moments and {lo: {a: rows, ..}}, as dict(moments, a=all rows, ..) on rank 0;
+    on the others an empty one."""
+    found = gathered((moments, held))
+    if not found:
+        return {}
+    for other, more in found[1:]:
+        moments.merge(other)
+        held |= more
+    parts = [held[lo] for lo in sorted(held)]
     names = dict.fromkeys(name for part in parts for name in part)
-    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+    return dict(moments=moments) | {
+        name: torch.cat([part[name] for part in parts if name in part]) for name in names}
 
 
 def collect(draw, n, args, tools, desc):
-    """n samples, of draw(lo, hi): of points all of them, of images their moments, the first features, and the
-    first images, or all that --write needs. Also their scores, by name."""
-    moments, held, seen = Moments(), [], 0
+    """n samples, of draw(lo, hi), on rank 0: of points all of them, of images their moments, the first
+    features, and the first images, or all that --write needs. Also their scores, by name. Each process
+    measures its own."""
+    moments, held = Moments(), {}
     for lo, hi in rounds(n, args.batch, desc):
-        part = draw(lo, hi) if lo < hi else {}
+        if lo == hi:
+            continue
+        part = held[lo] = draw(lo, hi)
         part.pop("x0", None)
-        if part and part["x"].ndim == 4:
+        if part["x"].ndim == 4:
             part |= tools.features(part["x"])
             part |= tools.scores(part["x"], tools.prompts[lo:hi]) if tools.scores else {}
-        part = gather(part)
-        if part["x"].ndim == 4:
             moments.add(part["features"])
-            part["features"] = part["features"][:max(KEEP - seen, 0)].clone()
-            part["x"] = part["x"] if args.write else part["x"][:max(SHOWN - seen, 0)].clone()
+            part["features"] = part["features"][:max(KEEP - lo, 0)].clone()
+            part["x"] = part["x"] if args.write else part["x"][:max(SHOWN - lo, 0)].clone()
             part.pop("noise", None)
-        held.append(part)
-        seen += args.batch * WORLD
-    return dict(moments=moments, **join(held))
+    return gather(moments, held)
 
 
 def read_npz(path):
@@ -311,18 +312,16 @@ def cached_statistics(images, features, args):
     if not cache.exists():
         kept = np.zeros(len(images), bool)
         kept[np.random.default_rng(0).permutation(len(images))[:KEEP]] = True
-        moments, some = Moments(), []
+        moments, held = Moments(), {}
         for lo, hi in rounds(len(images), args.batch, "reference"):
-            part = {}
             if lo < hi:
-                part = dict(kept=torch.from_numpy(kept[lo:hi]))
-                part["features"] = features(torch.from_numpy(np.array(images[lo:hi])))["features"]
-            part = gather(part)
-            moments.add(part["features"])
-            some.append(part["features"][part["kept"]])
-        mu, sigma = moments.mean_and_covariance()
+                found = features(torch.from_numpy(np.array(images[lo:hi])))["features"]
+                moments.add(found)
+                held[lo] = dict(features=found[torch.from_numpy(kept[lo:hi])])
+        whole = gather(moments, held)
         if RANK == 0:
-            arrays = dict(mu=mu, sigma=sigma, features=torch.cat(some).numpy())
+            mu, sigma = whole["moments"].mean_and_covariance()
+            arrays = dict(mu=mu, sigma=sigma, features=whole["features"].numpy())
             atomic_write(cache, lambda out: np.savez(out, **arrays))
         barrier()
     return read_npz(cache)
@@ -414,11 +413,11 @@ def teacher_samples(run, n, args, tools):
         part = run.draw_teacher(lo, hi, args.seed)
         solved[lo] = part["x0"]
         return part | dict(error=torch.zeros(hi - lo, dtype=torch.float64))
-    samples = collect(draw, n, args, tools, f"{run.path}, teacher")
-    if samples["x"].ndim == 2:
+    samples, reference = collect(draw, n, args, tools, f"{run.path}, teacher"), None
+    if not run.images:
         other = collect(lambda lo, hi: run.draw_teacher(lo, hi, args.seed + 1), n, args, tools, "reference")
-        reference = other["x"]
-    else:
+        reference = other.get("x")
+    elif RANK == 0:
         reference = Reference(*samples["moments"].mean_and_covariance(), samples["features"])
     tools.teachers[key] = solved, reference
     row = measure(run, samples, "teacher", n, reference, args, tools)
@@ -428,14 +427,14 @@ def teacher_samples(run, n, args, tools):
 def measure(run, samples, nfe, n, reference, args, tools):
     """The row of the table and the picture of some samples; None but on rank 0. All processes call this,
     because they share in measuring the reference images."""
-    x, row = samples["x"], dict(run.columns, nfe=nfe, n=n)
-    if args.write and RANK == 0:
-        name = f"{title(run.path, args.runs).replace('/', '-')}-{nfe}nfe.npz"
-        write_npz(Path(args.out, name), x, samples.get("y"))
-    if x.ndim == 4 and reference is None:
+    if run.images and args.reference != "teacher":
         reference = image_reference(run, args, tools)
     if RANK:
         return None
+    x, row = samples["x"], dict(run.columns, nfe=nfe, n=n)
+    if args.write:
+        name = f"{title(run.path, args.runs).replace('/', '-')}-{nfe}nfe.npz"
+        write_npz(Path(args.out, name), x, samples.get("y"))
     if "error" in samples:
         row["ode_error"] = samples["error"].mean().sqrt().item()
     if x.ndim == 2:

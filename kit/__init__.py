@@ -11,8 +11,10 @@ Each file has one subject and imports only files below it:
     edm         snapshots of EDM, EDM2 and ECT
     text        networks that predict eps or v; text-to-image pipelines with LoRA and captions
     data        images and latents on disk
+    store       rows on disk, made once and read in place
     toys        mixtures of Gaussians, drawn shapes
     networks    an MLP, and a U-Net with EDM2's or DDPM++'s blocks
+    layers      what they are made of, with rules for the JVP
     attention   attention with a JVP
     process     processes, errors of one line, files, locks, downloads
 
@@ -31,8 +33,8 @@ from kit.config import (
     to_pixels,
 )
 from kit.data import read_image
+from kit.layers import normalize_weights
 from kit.metrics import distance
-from kit.networks import normalize_weights
 from kit.process import RANK, WORLD, fail, reading
 from kit.report import export, noise_and_labels, panels, place, report, write_samples
 from kit.run import Run, dry_run, lerp, make_optimizer

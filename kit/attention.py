@@ -1,4 +1,6 @@
 """Attention with a JVP: blocks of keys on any device, or a Triton kernel on a GPU (sCM, App. F)."""
+from kit.process import RANK
+
 import functools
 import math
 import os
@@ -13,8 +15,11 @@ def attention(q, k, v):
     PyTorch's fused attention has no JVP. Under jvp, output and tangent therefore come from a pass of our own,
     in memory that is linear in N (sCM, App. F)."""
     primals, tangents = zip(*(forward_ad.unpack_dual(x) for x in (q, k, v)))
-    if all(tangent is None for tangent in tangents):  # no jvp; strided inputs would not be fused
-        return torch.nn.functional.scaled_dot_product_attention(*(x.contiguous() for x in primals))
+    if all(tangent is None for tangent in tangents):  # no jvp
+        primals = [x.contiguous() for x in primals]  # strided inputs would not be fused
+        if q.is_meta:  # a forecast counts what a GPU would hold
+            return torch.ops.aten._scaled_dot_product_flash_attention(*primals)[0]
+        return torch.nn.functional.scaled_dot_product_attention(*primals)
     tangents = (torch.zeros_like(x) if tx is None else tx for x, tx in zip(primals, tangents))
     return forward_ad.make_dual(*DualAttention.apply(*primals, *tangents))
 
@@ -29,7 +34,7 @@ class DualAttention(torch.autograd.Function):
         gpu = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)  # Ampere and later
         interpreter = os.environ.get("TRITON_INTERPRET") == "1" and q.dtype != torch.bfloat16
         fits = q.element_size() <= 4 and q.shape[-1] in (16, 32, 64, 128) and q.shape == k.shape == v.shape
-        fused = (gpu or interpreter) and fits and triton_kernel()
+        fused = (gpu or interpreter) and fits and triton_works(q.device, q.dtype, q.shape[-1])
         return (attention_triton if fused else attention_blocks)(q, k, v, tq, tk, tv)
 
     @staticmethod
@@ -111,11 +116,29 @@ def triton_kernel():
     return kernel
 
 
+@functools.cache
+def triton_works(device, dtype, c):
+    """Whether the kernel runs here, found by a small launch. Triton's first one needs a C compiler, which
+    slim images lack, and a GPU may lack the memory for a block."""
+    if not triton_kernel():
+        return False
+    try:
+        attention_triton(*torch.zeros(6, 1, 1, 16, c, device=device, dtype=dtype))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:
+        if RANK == 0:
+            print(f"attention's tangent without Triton, slower ({type(error).__name__}: "
+                  f"{' '.join(str(error).split())[:120]})")
+        return False
+    return True
+
+
 def attention_triton(*duals):
     """Launch the kernel on (q, k, v, tq, tk, tv), each (B, heads, N, c); returns (o, to).
 
-    The sizes are such that the compiler spills no registers on Hopper, nor on Ampere up to 64 channels. They
-    were found by compiling alone: the kernel has not run on a GPU yet."""
+    The sizes are such that the compiler spills no registers on Hopper, and up to 64 channels no more than 16
+    bytes on Ampere. They were found by compiling alone: the kernel has not run on a GPU yet."""
     duals = [x.contiguous() for x in duals]
     out = [torch.empty_like(duals[0]) for _ in range(2)]
     b, heads, n, c = duals[0].shape

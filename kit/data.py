@@ -1,9 +1,8 @@
 """Images on disk, and latents of them, as memory-mapped rows."""
 from common import Draw
-from kit.process import (RANK, WORLD, agreed, atomic_write, barrier, download, fail, lock_folder, reading,
-                         writing)
+from kit.process import RANK, download, fail, reading
+from kit.store import open_store, positions
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -13,13 +12,13 @@ import os
 import re
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 
 def check_data(data, cfg, device):
@@ -52,6 +51,7 @@ class Stored:
         self.names, self.about = list(names), about or {}  # of the classes, if known; what the rows come from
         self.fingerprint = self.about.get("sources", "")
         self.labels = torch.as_tensor(np.array(labels), dtype=torch.int64)
+        self.following, self.ahead, self.reader = None, {}, ThreadPoolExecutor(1)
         self.classes = int(self.labels.max()) + 1
         self.shape = tuple(rows.shape[1:])
         if rows.shape[1] != self.channels:
@@ -65,11 +65,26 @@ class Stored:
 
     def batch(self, gen):
         """x0 (B, C, H, W) float32, and y (B,) int64 or, unless cfg.conditional, None."""
-        index = gen.index(len(self.rows)).cpu()
-        x0 = self.x0(index.numpy(), gen.device, gen)
+        index = gen.index(len(self.rows), "cpu")
+        known = self.ahead.pop(gen.place, None)
+        rows = known.result() if known else self.fetch(index.numpy(), gen.device)
+        following = self.following and self.following(*gen.place)
+        if following:  # a thread reads the next batch while this one is computed
+            self.ahead = {following: self.reader.submit(self.fetch_at, following, gen.device)}
+        x0 = self.x0(rows.to(gen.device, non_blocking=True).float(), gen)
         if self.cfg.flip:
-            x0 = torch.where((gen.uniform() < 0.5).view(-1, 1, 1, 1), x0.flip(3), x0)
-        return x0, gen.labels(self.labels[index].to(gen.device), self.cfg)
+            x0 = torch.where(gen.chance(0.5).to(gen.device).view(-1, 1, 1, 1), x0.flip(3), x0)
+        y = gen.labels(self.labels[index], self.cfg)
+        return x0, y if y is None else y.to(gen.device, non_blocking=True)
+
+    def fetch(self, index, device="cpu"):
+        """Rows (B, ...) as they are stored; for a GPU in pinned memory, so that nobody waits for the copy."""
+        rows = torch.from_numpy(np.array(self.rows[index]))
+        return rows.pin_memory() if torch.device(device).type == "cuda" else rows
+
+    def fetch_at(self, place, device):
+        """The rows that batch() takes at this place, the seed, step and positions of a Draw."""
+        return self.fetch(Draw(*place).index(len(self.rows)).numpy(), device)
 
     @functools.cached_property
     def by_class(self):
@@ -80,7 +95,9 @@ class Stored:
     @functools.cached_property
     def converted(self):
         """x0 of all rows, sorted by class, if they take less than 2 GiB; else None."""
-        return self.x0(self.by_class[0], "cpu") if 4 * math.prod(self.rows.shape) < 2**31 else None
+        if 4 * math.prod(self.rows.shape) >= 2**31:
+            return None
+        return self.x0(self.fetch(self.by_class[0]).float())
 
     def members(self, c, device, size=4096, limit=0, seed=0):
         """x0 of class c, or of all classes for -1, `size` images at a time; of a latent, its mean. With a
@@ -89,21 +106,19 @@ class Stored:
         lo, hi = (0, len(order)) if c < 0 else begins[c:c + 2]
         if limit and limit < hi - lo:
             start = np.random.default_rng(seed).integers(hi - lo)
-            yield self.x0(order[lo + (start + np.arange(limit)) % (hi - lo)], device)
+            part = order[lo + (start + np.arange(limit)) % (hi - lo)]
+            yield self.x0(self.fetch(part, device).to(device).float())
             return
         for first in range(lo, hi, size):
             part = slice(first, min(first + size, hi))
-            yield self.x0(order[part], device) if self.converted is None else self.converted[part].to(device)
+            if self.converted is None:
+                yield self.x0(self.fetch(order[part], device).to(device).float())
+            else:
+                yield self.converted[part].to(device)
 
-    def read(self, index, device):
-        """Rows as float32 on the device."""
-        rows = torch.from_numpy(np.array(self.rows[index]))
-        if torch.device(device).type == "cuda":  # from pinned memory the host need not wait for the copy
-            rows = rows.pin_memory()
-        return rows.to(device, non_blocking=True).float()
-
-    def x0(self, index, device, gen=None):
-        return self.read(index, device) / 127.5 - 1
+    def x0(self, rows, gen=None):
+        """Rows (B, ...) float32 -> x0."""
+        return rows / 127.5 - 1
 
     @staticmethod
     def pixels(x, cfg):
@@ -129,9 +144,9 @@ class Latents(Stored):
         if cfg.flip:
             fail("--flip is for pixels: the latent of a mirrored image is not the mirrored latent")
 
-    def x0(self, index, device, gen=None):
-        mean, std = self.read(index, device).chunk(2, dim=1)
-        _, shift, scale = latent_space(self.cfg, device)
+    def x0(self, rows, gen=None):
+        mean, std = rows.chunk(2, dim=1)
+        _, shift, scale = latent_space(self.cfg, rows.device)
         return (mean + (std * gen.normal(*self.shape) if gen else 0) - shift) * (self.cfg.sigma_d / scale)
 
     @staticmethod
@@ -199,7 +214,12 @@ def image_folder(cfg):
         fail(f"--data {root} has no classes to condition on: put the images into class folders, or add "
              "--conditional false")
     folder = Path("data/cache", f"{root.stem[:40]}-{cfg.image_size}-{about['sources'][:16]}")
-    return open_store(folder, lambda: (names, labels, encode, classes), about)
+    return open_store(folder, lambda: (names, labels, encode, classes), about, dry=is_dry(cfg))
+
+
+def is_dry(cfg):
+    """Whether data are only looked at; not every namespace that stands for a Config has this flag."""
+    return getattr(cfg, "dry_run", False)
 
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -228,7 +248,7 @@ def cifar10(cfg):
                 raise ValueError("labels above 9")
         return np.arange(len(rows)), rows[:, 0], lambda part: rows[part, 1:].reshape(-1, 3, 32, 32), CIFAR10
     about = dict(sources=fingerprint(path.parent, [path.name]))
-    return open_store(Path("data/cache", f"cifar10-{about['sources'][:16]}"), prepare, about)
+    return open_store(Path("data/cache", f"cifar10-{about['sources'][:16]}"), prepare, about, dry=is_dry(cfg))
 
 
 def latents(cfg, device):
@@ -257,6 +277,9 @@ def latents(cfg, device):
 
     def prepare():
         vae = autoencoder(cfg, device)
+        if is_dry(cfg):  # nothing is encoded; an autoencoder halves images between its levels
+            side = size // 2 ** (len(vae.config.block_out_channels) - 1)
+            return names, labels, lambda part: np.zeros((len(part), 8, side, side), np.float16), classes
 
         @torch.no_grad()
         def encode(part):
@@ -264,7 +287,7 @@ def latents(cfg, device):
             latent = vae.encode(x / 255 if space == "edm2" else x / 127.5 - 1).latent_dist
             return torch.cat([latent.mean, latent.std], dim=1).half().cpu().numpy()
         return names, labels, encode, classes
-    return open_store(folder, prepare, about, batch=16)
+    return open_store(folder, prepare, about, batch=16, dry=is_dry(cfg))
 
 
 class LatentZip:
@@ -279,70 +302,8 @@ class LatentZip:
 
     def __getitem__(self, index):
         with reading(f"--data {self.root}: not EDM2's latents, float32 (8, h, w) .npy"):
-            files = [self.names[i] for i in np.arange(len(self.names))[index]]
+            files = [self.names[i] for i in positions(index, len(self.names))]
             return np.stack([np.load(io.BytesIO(self.read(f)), allow_pickle=False) for f in files])
-
-
-def open_store(folder, prepare, about=None, batch=256):
-    """Rows, memory-mapped, labels, names of classes, and what they were made from, kept in `folder`. What is
-    missing is written first.
-
-    prepare() -> (names, labels, encode, classes), with encode(some names) -> their rows. All processes write,
-    each every WORLD-th batch, and mark in done.npy what is written. So a killed writer goes on where it
-    stopped, with any number of processes. A folder made from something else than `about` is refused."""
-    paths = {name: folder / f"{name}.npy" for name in ("rows", "done", "labels")}
-
-    def load(mode="r"):
-        """Rows, what is done of them, and labels; None if they are not there, or damaged and to be made
-        anew."""
-        if not (folder / "about.json").exists():
-            return None
-        with reading(f"{folder}/about.json is damaged: delete {folder}"):
-            before = json.loads((folder / "about.json").read_text())
-        if about and before != about:
-            fail(f"{folder} was made from other images, --vae or --image_size: move it away first")
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            rows, done = (np.load(paths[name], mmap_mode=mode) for name in ("rows", "done"))
-            labels = np.load(paths["labels"])
-            whole = rows.ndim == 4 and len(rows) == len(done) == len(labels) > 0
-            known = (folder / "classes.json").exists()  # not in stores of earlier versions
-            classes = json.loads((folder / "classes.json").read_text()) if known else []
-            whole = whole and labels.dtype.kind in "iu" and labels.min() >= 0
-            return (rows, labels, classes, before or {}, done) if whole else None
-
-    found = load()
-    barrier()  # no process writes before all have looked
-    whole = bool(found and found[-1].all())
-    if agreed(whole) != whole:
-        fail(f"{folder} is not the same for all processes: give them a common disk, or each node a copy")
-    if whole:
-        return found[:-1]
-    names, labels, encode, classes = prepare()
-    with lock_folder(folder, wait=True) if RANK == 0 else contextlib.nullcontext():
-        if RANK == 0 and not load():
-            first = encode(names[:1])
-            with writing(folder):
-                for name, dtype, shape in (("rows", first.dtype, first.shape[1:]), ("done", np.uint8, ())):
-                    np.lib.format.open_memmap(paths[name], "w+", dtype, (len(names), *shape)).flush()
-                    with open(paths[name], "r+b") as file:  # a full disk would kill a memory map later
-                        getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, file.seek(0, 2))
-            atomic_write(paths["labels"], lambda file: np.save(file, np.asarray(labels, np.int64)))
-            atomic_write(folder / "classes.json", lambda file: file.write(json.dumps(classes).encode()))
-            atomic_write(folder / "about.json", lambda file: file.write(json.dumps(about).encode()))
-        barrier()
-        opened = load("r+") or fail(
-            f"{folder} is not seen by all processes: give them a common disk, or each node a copy")
-        rows, done = opened[0], opened[-1]
-        todo = tqdm(range(RANK * batch, len(names), WORLD * batch), desc=f"write {folder.name}", unit="batch",
-                    disable=None if RANK == 0 else True)
-        for part in (slice(lo, lo + batch) for lo in todo):
-            if not done[part].all():
-                rows[part] = encode(names[part])
-                rows.flush()  # before it counts as done
-                done[part] = 1
-                done.flush()
-        barrier()
-    return load()[:-1]
 
 
 LEFTOVERS = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")  # of operating systems
@@ -382,16 +343,16 @@ def list_images(root, suffixes=(".png", ".jpg", ".jpeg", ".bmp", ".webp")):
     return names, np.array([number[top] for top in tops]), read, [] if "" in classes else classes
 
 
-def fingerprint(root, names):
-    """A hash of names, sizes and times of files in a folder, or of names and checksums in a zip. It does not
-    depend on where they are."""
+def fingerprint(root, names, *more):
+    """A hash of names, sizes and times of files in a folder, or of names and checksums in a zip, and of what
+    else counts. It does not depend on where they are."""
     with reading(f"--data {root}"):
         if root.is_dir():
             found = [(name, (root / name).stat().st_size, (root / name).stat().st_mtime_ns) for name in names]
         else:
             with zipfile.ZipFile(root) as archive:
                 found = [(name, archive.getinfo(name).file_size, archive.getinfo(name).CRC) for name in names]
-    return hashlib.sha1(repr(found).encode()).hexdigest()
+    return hashlib.sha1(repr([found, *more] if more else found).encode()).hexdigest()
 
 
 def walk(root):

@@ -1,5 +1,5 @@
 """Snapshots of EDM, EDM2 and ECT, read without running any code that they hold."""
-from kit.networks import DTYPES
+from kit.layers import DTYPES
 from kit.process import reading
 
 import io

@@ -68,6 +68,9 @@ class Moments:
         x = x.double()
         self.n, self.sum, self.outer = self.n + len(x), self.sum + x.sum(0), self.outer + x.T @ x
 
+    def merge(self, other):
+        self.n, self.sum, self.outer = self.n + other.n, self.sum + other.sum, self.outer + other.outer
+
     def mean_and_covariance(self):
         """(d,) and (d, d), the covariance unbiased (divided by n - 1)."""
         mean = self.sum / self.n

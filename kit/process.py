@@ -87,31 +87,80 @@ def start_processes(backend=""):
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
+        use_expandable_segments()
     if WORLD > 1 and not dist.is_initialized():
         port = launched("MASTER_PORT", 0)
         if not ("RANK" in os.environ and RANK < WORLD and os.environ.get("MASTER_ADDR") and 0 < port < 2**16):
             tqdm.write("WORLD_SIZE is set, but not by torchrun: start with torchrun, or unset it",
                        file=sys.stderr)
             raise SystemExit(2)
-        hours = datetime.timedelta(hours=24)  # the others wait while rank 0 downloads a dataset
         backend = backend or ("nccl" if cuda else "gloo")
-        dist.init_process_group(backend, timeout=hours)
-        if backend == "gloo":  # whose threads would abort a process that ends before them
-            atexit.register(dist.destroy_process_group)
+        dist.init_process_group(backend)  # with the usual timeout, so that a lost process ends the training
+        PATIENT["group"] = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=24))
+        atexit.register(leave_processes, backend)
     return device
 
 
+def leave_processes(backend):
+    """Gloo's threads would abort a process that ends before them."""
+    group, PATIENT["group"] = PATIENT["group"], None
+    with contextlib.suppress(ValueError, AssertionError):  # somebody else has left already
+        dist.destroy_process_group(None if backend == "gloo" else group)
+
+
+# The group for preparations, such as downloading or encoding a dataset; of another backend than training's,
+# it also waits long. `alone` counts the calls of rank 0 that the others do not take part in.
+PATIENT = dict(group=None, alone=0)
+
+
+@contextlib.contextmanager
+def alone():
+    """For what one process does without the others: inside, it waits for nobody and prepares all itself."""
+    PATIENT["alone"] += 1
+    try:
+        yield
+    finally:
+        PATIENT["alone"] -= 1
+
+
+def together():
+    """Whether there are other processes that take part in what this one does."""
+    return dist.is_initialized() and not PATIENT["alone"]
+
+
+def share():
+    """This process's number and how many there are, among those that do this together."""
+    return (RANK, WORLD) if together() else (0, 1)
+
+
+def use_expandable_segments():
+    """Let the allocator grow its blocks instead of leaving gaps, unless the user has told it what to do."""
+    if not any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # torch 2.9 and later
+        with contextlib.suppress(RuntimeError, AttributeError):  # an allocator, or a system, without them
+            (tell or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
+
+
 def barrier():
-    if dist.is_initialized():
-        dist.barrier()
+    if together():
+        dist.barrier(group=PATIENT["group"])
 
 
 def agreed(value):
     """What rank 0 has found, on every process."""
     values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values, 0)
+    if together():
+        dist.broadcast_object_list(values, 0, group=PATIENT["group"])
     return values[0]
+
+
+def gathered(value):
+    """What each process has found, a list on rank 0; None on the others."""
+    if not together():
+        return [value]
+    values = [None] * WORLD if RANK == 0 else None
+    dist.gather_object(value, values, 0, group=PATIENT["group"])
+    return values
 
 
 def end_at_sigterm():
@@ -219,6 +268,6 @@ def download(url, path, md5=""):
             if size > file.tell() or md5 not in ("", digest.hexdigest()):
                 raise OSError(f"it arrived damaged: {file.tell()} of {size} bytes, MD5 {digest.hexdigest()}")
 
-    if RANK == 0 and not path.exists():
+    if share()[0] == 0 and not path.exists():
         atomic_write(path, fetch)
     barrier()

@@ -2,7 +2,7 @@
 from common import Draw, ode_times, solve
 from kit.config import dataset, to_pixels
 from kit.metrics import energy_distance, rms
-from kit.process import HINTS, RANK, atomic_write, fail, reading
+from kit.process import HINTS, RANK, alone, atomic_write, fail, reading
 from kit.teachers import load_net, read_checkpoint
 from kit.text import TextToImage
 from kit.toys import Mixture, exact_ode
@@ -82,6 +82,7 @@ def reported(run, step):
 
 
 @torch.no_grad()
+@alone()
 def report(cfg, run, step, sample, net, data, teacher, nfes):
     """Draw and measure what the EMA network samples, at each number of network evaluations (NFE) in nfes.
 
@@ -166,12 +167,13 @@ def place(out):
 
 
 @torch.no_grad()
+@alone()
 def write_samples(cfg, sample):
     """--sample N --nfe K: write a picture (.png), or ADM's .npz."""
     if RANK:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = load_net(cfg.out).to(device)
+    net = load_net(cfg.out, device=device)
     if isinstance(net, TextToImage):
         net.read([cfg.prompt or fail("--sample of a text-to-image run needs --prompt TEXT")])
     shape, classes = net.options["shape"], net.options["classes"]

@@ -1,5 +1,7 @@
 """One training run: optimizer, averages, micro-batches, log, save, resume; and a forecast of memory."""
 from kit.config import dataset, kind
+from kit.data import Stored
+from kit.layers import DTYPES
 from kit.networks import build
 from kit.process import (HINTS, RANK, WORLD, atomic_write, barrier, end_at_sigterm, fail, is_ours,
                          lock_folder, reading, start_processes, write_together, writing)
@@ -18,11 +20,15 @@ import re
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
@@ -41,8 +47,10 @@ def dry_run(cfg):
         load_init(net, cfg, data)
     options = net.options
     parameters, flops, fixed, sample = estimate(options, cfg.checkpointing)
-    copies = 5 + (teacher is not None and not isinstance(teacher, Mixture))  # net, EMA, gradient, Adam's two
+    distills = teacher is not None and not isinstance(teacher, Mixture)
+    copies = 5 + distills  # net, EMA, gradient, Adam's two; the teacher
     weights = 4 * copies * parameters + fixed
+    weights += distills * parameters * DTYPES[cfg.dtype].itemsize  # as the teacher's passes take them
     micro = cfg.micro or cfg.batch // WORLD
     if RANK:
         return
@@ -53,30 +61,54 @@ def dry_run(cfg):
           f"{sample / 2**20:.1f} MiB a sample for its backward pass")
     print(f"a process  {(weights + micro * sample) / 2**30:.2f} GiB with {micro} samples at once; --micro or "
           "--checkpointing lower it")
+    hours = 3 * flops * cfg.steps * cfg.batch / 3600
+    print(f"time       {hours / 5e13:,.0f} GPU hours in fp32, {hours / 4.5e14:,.0f} in fp16, at 50 and 450 "
+          "TFLOP/s, for forward and backward passes alone")
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that come to life inside and are alive, and the most at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given = {id(v.untyped_storage()) for v in tree_leaves((args, kwargs)) if torch.is_tensor(v)}
+        for v in tree_leaves(found):
+            storage = v.untyped_storage() if torch.is_tensor(v) else None
+            if storage is not None and id(storage) not in self.known and id(storage) not in given:
+                self.known[id(storage)] = storage.nbytes()
+                weakref.finalize(storage, self.drop, id(storage))
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+        return found
+
+    def drop(self, key):
+        self.now -= self.known.pop(key)
 
 
 def estimate(options, checkpointing):
-    """Of the network with these options: parameters; FLOPs of a sample's forward pass; bytes held for the
-    backward pass, those that do not grow with the batch (weights in other forms) and those of each sample."""
-    from torch.utils.flop_counter import FlopCounterMode
+    """Of the network with these options: parameters; FLOPs of a sample's forward pass; the most bytes that a
+    forward and a backward pass hold beside weights and gradients, those that do not grow with the batch
+    (weights in other forms) and those of each sample. Counted on tensors without memory."""
     with torch.device("meta"):
         net = build(options)
     net.checkpointing = checkpointing
-    own, held = {p.untyped_storage()._cdata for p in net.parameters()}, []
-    for n in (1, 2):
+    for p in net.parameters():
+        p.grad = torch.empty_like(p)  # of the micro-batches before
+    most = []
+    for n in (64, 128):
         x, t = torch.zeros(n, *options["shape"], device="meta"), torch.zeros(n, device="meta")
         y = torch.zeros(n, dtype=torch.int64, device="meta") if options.get("classes") else None
-        kept = {}
-
-        def keep(v):
-            if v.untyped_storage()._cdata not in own:
-                kept[v.untyped_storage()._cdata] = v  # stays alive, so that no two share an address
-            return v
-        with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(keep, keep):
-            net(x, t, y)
-        held.append(sum(v.untyped_storage().nbytes() for v in kept.values()))
-    parameters, sample = sum(p.numel() for p in net.parameters()), held[1] - held[0]
-    return parameters, flops.get_total_flops() / 2, held[0] - sample, sample
+        with Alive() as alive:
+            net(x, t, y).sum().backward()
+        most.append(alive.most)
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        net(x, t, y)
+    parameters, sample = sum(p.numel() for p in net.parameters()), (most[1] - most[0]) // 64
+    return parameters, flops.get_total_flops() / 128, most[0] - 64 * sample, sample
 
 
 def divisors(n):
@@ -84,13 +116,13 @@ def divisors(n):
     return sorted({*small, *(n // d for d in small)})
 
 
-def largest_micro(net, share, free, extra=0):
+def largest_micro(net, share, free, extra=0, checkpointing=False):
     """The largest divisor of `share` samples for which gradients, Adam, and what a step holds by the estimate
     (and `extra` bytes a sample) take no more than `free` bytes; at least 1. Some is spared for a JVP and for
-    fragments, more for a block that --checkpointing computes anew, or for the graphs of further networks."""
-    _, _, fixed, sample = estimate(net.options, net.checkpointing)
-    left = free - 4 * (3 + (WORLD > 1)) * sum(p.numel() for p in net.parameters()) - fixed
-    margin = (1.8 if net.checkpointing else 1.33) * (3 if net.extra else 1)
+    fragments, more for the graphs of further networks."""
+    _, _, fixed, sample = estimate(net.options, checkpointing)
+    left = free - 4 * 3 * sum(p.numel() for p in net.parameters()) - fixed
+    margin = 1.33 * (3 if net.extra else 1)
     return max(n for n in divisors(share) if n == 1 or n * (margin * sample + extra) <= left)
 
 
@@ -130,6 +162,9 @@ def check_out(cfg):
             fail(f"--overwrite would replace {out}, the --teacher or --init: choose another --out")
 
 
+ENOUGH = 16  # samples at once that keep a GPU busy
+
+
 class Run:
     """The mechanics of one training run: processes, device, output folder, log and checkpoints."""
 
@@ -154,32 +189,52 @@ class Run:
 
     def split(self, net):
         """Cut this process's share of a batch into `rows` of --micro samples. On a GPU, 0 means as many as
-        fit by the estimate, or as in the run that is resumed, because dropout masks depend on the number."""
+        fit by the estimate, or as in the run that is resumed, because dropout masks depend on the number.
+        If fewer than ENOUGH fit, and --checkpointing makes room for more, it is turned on."""
         share = self.cfg.batch // WORLD
         micro = self.cfg.micro or self.micro or share
-        choose = self.device.type == "cuda" and not (self.cfg.micro or self.micro)
+        choose = self.device.type == "cuda" and not self.cfg.micro
         if choose and not isinstance(net, TextToImage):
             torch.cuda.empty_cache()  # what PyTorch only keeps for later is free, too
             free = torch.cuda.mem_get_info(self.device)[0]
-            found = torch.tensor(largest_micro(net, share, free, self.cfg.loss_bytes()), device=self.device)
+            wanted, extra = self.micro or min(ENOUGH, share), self.cfg.loss_bytes()
+            plain = checkpointed = 0 if self.cfg.checkpointing else largest_micro(net, share, free, extra)
+            if plain < wanted:
+                checkpointed = largest_micro(net, share, free, extra, checkpointing=True)
+            found = torch.tensor([plain, checkpointed], device=self.device)
             if WORLD > 1:
                 dist.all_reduce(found, dist.ReduceOp.MIN)
-            micro = int(found)
+            plain, checkpointed = found.tolist()
+            checkpointing = plain < min(wanted, checkpointed)
+            for part in (net, *net.extra.values()):
+                part.checkpointing = checkpointing
+            micro = self.micro or (checkpointed if checkpointing else plain)
             if RANK == 0:
-                print(f"--micro {micro} of {share}, by an estimate for {free / 2**30:.1f} GiB")
+                print(f"--micro {micro} of {share}" + ", with --checkpointing" * checkpointing
+                      + f", by an estimate for {free / 2**30:.1f} GiB")
         self.micro = micro = max(d for d in divisors(share) if d <= micro)
         lower = max((d for d in divisors(share) if d < micro), default=0)
         HINTS["memory"] = f"--micro {lower}, or --checkpointing" if lower else HINTS["memory"]
         self.rows = [(RANK * share + i, RANK * share + i + micro) for i in range(0, share, micro)]
 
+    def following(self, seed, step, lo, hi):
+        """The place of the micro-batch after this one; None after the last, and where training draws none."""
+        at = self.rows.index((lo, hi)) + 1 if (lo, hi) in self.rows else 0
+        step += at == len(self.rows)
+        return (seed, step, *self.rows[at % len(self.rows)]) if at and step < self.cfg.steps else None
+
     def wrap(self, net):
         """The network that takes gradients, compiled and in DistributedDataParallel as the flags want it."""
         self.split(net)
+        if isinstance(self.data, Stored):
+            self.data.following = self.following  # it reads the next batch while this one is computed
         if net.options["classes"] and self.made_from["classes"] and RANK == 0:
             print(f"classes 0, 1, ..: {shorten(self.made_from['classes'])}")
         if self.cfg.compile:  # with eager random numbers: the JVP is never compiled and needs the same masks
             net = torch.compile(net, options=dict(fallback_random=True))
-        return nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net
+        if WORLD == 1:
+            return net
+        return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)  # no second gradient
 
     def accumulate(self, net, rows):
         """Lets gradients travel between processes after the last micro-batch only."""
@@ -214,7 +269,7 @@ class Run:
     def begin(self, state, data, teacher):
         """The step to begin with: 0, or of --resume that of the checkpoint, from which all of `state` is
         loaded. `data` and `teacher` must then be those of before, by content, wherever they are now."""
-        self.state = state
+        self.state, self.data = state, data
         self.made_from = dict(classes=getattr(data, "names", []), data=getattr(data, "fingerprint", ""),
                               teacher=digest(teacher))
         if not self.cfg.resume:

@@ -1,5 +1,6 @@
 """Checkpoints -> networks: our runs, snapshots of other projects, diffusers; --init and --teacher."""
 from kit.edm import PUBLISHED, read_edm
+from kit.layers import freeze
 from kit.networks import build
 from kit.process import download, fail, reading, start_processes
 from kit.text import Epsilon, TextToImage
@@ -9,6 +10,7 @@ import functools
 import hashlib
 import re
 import urllib.parse
+import zipfile
 from pathlib import Path
 
 import torch
@@ -60,14 +62,19 @@ def read_checkpoint(source):
     return dict(read_file(path, stamp.st_mtime_ns, stamp.st_size))
 
 
+MAPPED = 2**28  # bytes from which on a checkpoint is mapped into memory, where processes share what they use
+
+
 @functools.lru_cache(maxsize=1)
 def read_file(path, *stamp):
-    """The last file is remembered, because config, network and teacher ask for it in turn."""
+    """The last file is remembered, because config, network and teacher ask for it in turn. `stamp` is the
+    file's time and size."""
     if path.suffix == ".pkl":
         return read_edm(path)
     anew = "; delete it to download it anew" if path.parent == Path("data/teachers") else ""
     with reading(f"{path} is truncated, or no checkpoint{anew}"):
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = stamp[1] >= MAPPED and zipfile.is_zipfile(path)
+        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     kinds = dict(script=str, config=dict, options=dict, net=dict, ema=dict, step=int, seconds=float)
     if not isinstance(ckpt, dict) or not all(isinstance(ckpt.get(k), kind) for k, kind in kinds.items()):
         fail(f"{path} was not written by one of these scripts")
@@ -94,7 +101,7 @@ def network(cfg, data, device="cpu", **options):
     return net.to(device)
 
 
-def load_net(path, data=None, sigma_d=0.5):
+def load_net(path, data=None, sigma_d=0.5, device="cpu"):
     """The EMA network of a run, or another project's, frozen, in eval mode, with the networks that its script
     has added (`extra`). Ends the program if it does not fit the data. Of a text-to-image run, it knows the
     data's captions. sigma_d is that of the caller's coordinates, for networks that have none of their own."""
@@ -106,14 +113,17 @@ def load_net(path, data=None, sigma_d=0.5):
         if "diffusers" in options:
             kind = DiffusersCM if ckpt["config"]["mode"] == "consistency" else Diffusers
             net = kind(**options, sigma_d=sigma_d)
-        else:
-            net = TextToImage(**options) if pipeline else build(options)
-            for name, own in ckpt.get("extra", {}).items():
-                net.extra[name] = build(own)
+        elif pipeline:
+            net = TextToImage(**options)
             net.load_state_dict(ckpt["ema"])
+        else:
+            with torch.device("meta"):  # without memory; the weights go from the file to the device
+                net = build(options)
+                net.extra.update({name: build(own) for name, own in ckpt.get("extra", {}).items()})
+            net.load_state_dict({k: v.to(device, copy=True) for k, v in ckpt["ema"].items()}, assign=True)
         if data and pipeline:
             net.text, net.options["classes"] = data.teacher.text, data.classes
-    return net.eval().requires_grad_(False)
+    return net.to(device).eval().requires_grad_(False)
 
 
 def check_fit(path, ckpt, data):
@@ -157,7 +167,12 @@ def load_teacher(cfg, data, device):
     if cfg.distills() and (cfg.guides_teacher() or cfg.label_dropout) and not known.get("label_dropout"):
         fail(f"--teacher {cfg.teacher} was never trained without label, and guidance or --label_dropout asks "
              "it for that: make one with --mode diffusion --label_dropout 0.1, from this one by --init")
-    return load_net(cfg.teacher, data, cfg.sigma_d).to(device)
+    net = freeze(load_net(cfg.teacher, data, cfg.sigma_d, device))
+    if cfg.compile and "diffusers" not in options:
+        with torch.no_grad():  # weights are laid out before anything is compiled
+            net(torch.zeros(1, *options["shape"], device=device), torch.zeros(1, device=device))
+        net.compile()
+    return net
 
 
 def load_init(net, cfg, data):

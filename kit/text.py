@@ -1,15 +1,19 @@
 """Networks that predict eps or v; text-to-image pipelines with LoRA and captions."""
 from common import like
-from kit.data import autoencoder, decode, decode_latents, to_uint8
-from kit.networks import DTYPES
+from kit.data import autoencoder, decode, decode_latents, fingerprint, to_uint8
+from kit.layers import DTYPES
 from kit.process import fail, reading, writing
+from kit.store import open_store
 
 import copy
 import csv
+import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -52,7 +56,8 @@ LORA = ("to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,c
 
 class TextToImage(Epsilon):
     """The U-Net of a text-to-image pipeline of diffusers, SDXL or Stable Diffusion 1.5, on its latents.
-    Labels are indices of captions, rows of `text`; the last row, -1, is what the pipeline takes for none.
+    Labels are indices of captions, rows of `text` (see text_encoder); the last row, -1, is what the pipeline
+    takes for none.
 
     The U-Net is frozen but for LoRA adapters, which are what is trained and all that state_dict() holds. The
     teacher is the same U-Net without them."""
@@ -89,7 +94,8 @@ class TextToImage(Epsilon):
 
     def read(self, captions):
         """Take these captions, [str], as labels 0, 1, .."""
-        self.text = read_text(self.options["pretrained"], captions, self.log_ratio.device)
+        encode = text_encoder(self.options["pretrained"], self.log_ratio.device)
+        self.text = encode([*captions, ""])
         self.options["classes"] = len(captions)
 
     def forward(self, x, t, y=None, guidance=None):
@@ -103,7 +109,7 @@ class TextToImage(Epsilon):
         # size and corner; here the crop is the centre, and SDXL is told of an image of just this size, with
         # and without a caption alike
         side = self.options["image_size"]
-        prompts, pooled = (table[y.cpu()].to(z) for table in self.text)
+        prompts, pooled = (v.to(z) for v in columns(self.text[y.cpu().numpy()], "prompt", "pooled"))
         size = z.new_tensor([side, side, 0, 0, side, side]).expand(len(z), 6)
         added = dict(text_embeds=pooled, time_ids=size) if pooled.numel() else None  # SD 1.5 takes none
         self.unet.enable_adapters() if self.adapted else self.unet.disable_adapters()
@@ -134,29 +140,48 @@ class TextToImage(Epsilon):
             Path(folder, "inference.json").write_text(json.dumps(inference, indent=1))
 
 
-def read_text(pretrained, captions, device):
-    """Embeddings of captions by a pipeline's text encoders, (N + 1, L, C), and its pooled ones, (N + 1, P); P
-    is 0 for SD 1.5. The last row is what guidance compares with: the empty caption, or zeros where the
-    pipeline's configuration says so, as SDXL's does."""
+def text_encoder(pretrained, device):
+    """A function: [str] -> rows (n,) with the fields `prompt`, embeddings (L, C) by a pipeline's text
+    encoders, and `pooled` (P,), where P is 0 for SD 1.5. "" is what guidance compares with: the empty
+    caption, or zeros where the pipeline's configuration says so, as SDXL's does."""
     from diffusers import DiffusionPipeline
     with reading(f"--pretrained {pretrained} is not a readable SDXL pipeline or SD 1.5"):
         pipe = DiffusionPipeline.from_pretrained(pretrained, unet=None, vae=None).to(device)
         if type(pipe).__name__ not in ("StableDiffusionXLPipeline", "StableDiffusionPipeline"):
             raise ValueError(f"it is a {type(pipe).__name__}")
-    rows = []
-    for caption in tqdm([*captions, ""], desc="read captions", leave=False, disable=None):
-        with torch.no_grad():
-            embedding, _, *pooled = pipe.encode_prompt(caption, device=device, num_images_per_prompt=1,
-                                                       do_classifier_free_guidance=False)
-        rows.append((embedding.cpu(), pooled[0].cpu() if pooled else torch.zeros(1, 0)))
-    if pipe.config.get("force_zeros_for_empty_prompt"):
-        rows[-1] = tuple(torch.zeros_like(row) for row in rows[-1])
-    return tuple(torch.cat(column) for column in zip(*rows))
+
+    @torch.no_grad()
+    def encode(captions):
+        rows = []
+        quick = len(captions) <= 16
+        for caption in tqdm(captions, "read captions", leave=False, disable=True if quick else None):
+            prompt, _, *pooled = pipe.encode_prompt(caption, device=device, num_images_per_prompt=1,
+                                                    do_classifier_free_guidance=False)
+            pooled = pooled[0][0] if pooled else prompt.new_zeros(0)
+            rows.append(record(prompt=prompt[0].float().cpu().numpy(), pooled=pooled.float().cpu().numpy()))
+            if not caption and pipe.config.get("force_zeros_for_empty_prompt"):
+                rows[-1] = np.zeros_like(rows[-1])
+        return np.stack(rows)
+    return encode
+
+
+def record(**fields):
+    """Arrays as the named fields of one row, a numpy array without dimensions."""
+    row = np.zeros((), [(name, value.dtype, value.shape) for name, value in fields.items()])
+    for name, value in fields.items():
+        row[name] = value
+    return row
+
+
+def columns(rows, *names):
+    """Fields of rows as tensors."""
+    return [torch.from_numpy(np.ascontiguousarray(rows[name])) for name in names]
 
 
 class Captions:
-    """The images of --data as latents of --pretrained's autoencoder, with their captions. x0 has the scale of
-    the pipeline's latents, so sigma_d is 1. The teacher is the pipeline's own U-Net."""
+    """The images of --data as latents of --pretrained's autoencoder, with their captions, which are encoded
+    once and kept in data/cache. x0 has the scale of the pipeline's latents, so sigma_d is 1. The teacher is
+    the pipeline's own U-Net."""
     # DEPARTS: Direct CM samples latents anew each time; here they are the posterior's means, computed once
 
     def __init__(self, cfg, device):
@@ -164,26 +189,49 @@ class Captions:
             fail("--dataset text needs --pretrained PATH_OR_HUB_ID and --data FOLDER")
         if cfg.teacher != "exact" or cfg.flip or not cfg.image_size:
             fail("--pretrained is the teacher and needs an --image_size: give no --teacher, and no --flip")
-        pairs, self.cfg, latents = read_captions(cfg), cfg, []
-        text = read_text(cfg.pretrained, [caption for _, caption in pairs], device)
-        vae = autoencoder(cfg, device)
-        for path, _ in tqdm(pairs, desc="encode", leave=False, disable=None):
-            x = torch.from_numpy(decode(path, Path.read_bytes, cfg.image_size).copy())[None].to(device)
-            with torch.no_grad(), reading(f"--image_size {cfg.image_size} does not suit the autoencoder"):
-                latent = vae.encode(x.float() / 127.5 - 1).latent_dist.mean
-            latents.append(latent.cpu() * vae.config.scaling_factor)
-        self.latents, self.classes = torch.cat(latents), len(pairs)
-        self.shape = tuple(self.latents.shape[1:])
+        self.cfg, pairs = cfg, read_captions(cfg)
+        captions = [caption for _, caption in pairs]
+        names = [os.path.relpath(path, cfg.data) for path, _ in pairs]
+        self.fingerprint = fingerprint(Path(cfg.data), names, captions)
+        about = dict(sources=self.fingerprint, pretrained=cfg.pretrained, vae=cfg.vae,
+                     image_size=cfg.image_size, half=cfg.dtype == "fp16")
+        folder = Path("data/cache", f"text-{hashlib.sha1(repr(about).encode()).hexdigest()[:16]}")
+        self.rows, *_ = open_store(folder, lambda: self.prepare(pairs, device), about, batch=16)
+        self.classes, self.shape = len(pairs), self.rows[:1]["latent"].shape[1:]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             self.teacher = TextToImage(
                 self.shape, cfg.pretrained, cfg.image_size, cfg.lora_rank, cfg.first_label, cfg.dtype,
-                cfg.sigma_d, cfg.micro, self.classes, text, adapted=False).to(device)
+                cfg.sigma_d, cfg.micro, self.classes, self.rows, adapted=False).to(device)
+
+    def prepare(self, pairs, device):
+        """What open_store wants. A row has `latent`, and `prompt` and `pooled` in the U-Net's precision; the
+        last one, without an image, is for no caption."""
+        cfg = self.cfg
+        encode_text, vae = text_encoder(cfg.pretrained, device), autoencoder(cfg, device)
+        kind = np.float16 if cfg.dtype == "fp16" else np.float32  # numpy has no bfloat16
+
+        def latent(path):
+            x = torch.from_numpy(decode(path, Path.read_bytes, cfg.image_size).copy())[None].to(device)
+            with torch.no_grad(), reading(f"--image_size {cfg.image_size} does not suit the autoencoder"):
+                mean = vae.encode(x.float() / 127.5 - 1).latent_dist.mean
+            return mean[0].cpu().numpy() * np.float32(vae.config.scaling_factor)
+
+        def encode(part):
+            rows = []
+            for (path, _), text in zip(part, encode_text([caption for _, caption in part])):
+                image = latent(path or pairs[0][0]) * bool(path)
+                rows.append(record(latent=image, prompt=text["prompt"].astype(kind),
+                                   pooled=text["pooled"].astype(kind)))
+            return np.stack(rows)
+        rows = [*pairs, (None, "")]
+        return rows, np.zeros(len(rows), int), encode, []
 
     def batch(self, gen):
         """x0 (B, 4, h, w), and y (B,), the index of the caption."""
-        y = gen.index(self.classes)
-        return self.latents[y.cpu()].to(gen.device), gen.labels(y, self.cfg)
+        y = gen.index(self.classes, "cpu")
+        latents, = columns(self.rows[y.numpy()], "latent")
+        return latents.to(gen.device), gen.labels(y, self.cfg).to(gen.device)
 
     def student(self):
         """The network to train: the teacher with adapters."""

@@ -12,7 +12,7 @@ import torch
 
 BENCH = Path(common.__file__).parent / "tests" / "bench.py"
 
-NAMES = ["attention", "tangent", "steps", "compile", "checkpointing", "jvp", "two_processes", "resume"]
+NAMES = ["attention", "run", "profile", "xxl", "compile", "resume", "tangent", "jvp", "two_processes"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, bench.py gpu is run by hand")

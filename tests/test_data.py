@@ -32,7 +32,7 @@ def test_folder_and_zip_are_the_same_images(folder):
     assert a.shape == (24, 3, 8, 8) and np.array_equal(a, b) and np.array_equal(la, lb)
     assert np.array_equal(a[0], np.asarray(Image.open(names[0])).transpose(2, 0, 1))
     small, *_ = kit.data.image_folder(scm.Config(dataset="folder", data=str(folder), image_size=4))
-    assert np.abs(small.mean((2, 3)) - a.mean((2, 3))).max() < 1  # box halving keeps the mean
+    assert np.abs(small[:].mean((2, 3)) - a[:].mean((2, 3))).max() < 1  # box halving keeps the mean
 
 
 def test_centre_crop_keeps_the_middle():
@@ -54,7 +54,7 @@ def test_cifar10_binary_archive():
             info.size = len(blob)
             archive.addfile(info, io.BytesIO(blob))
     images, labels, names, _ = kit.data.cifar10(scm.Config(dataset="cifar10", data="cifar.tar.gz"))
-    assert np.array_equal(images.reshape(4, -1), rows[:4, 1:]) and list(labels) == [3, 1, 4, 1]
+    assert np.array_equal(images[:].reshape(4, -1), rows[:4, 1:]) and list(labels) == [3, 1, 4, 1]
 
 
 def test_images_go_to_unit_range_and_back(folder):
@@ -105,7 +105,7 @@ def test_latents_are_the_autoencoders(folder, vae):
     x = torch.from_numpy(np.stack([kit.data.decode(name, read, 16) for name in names])).float() / 127.5 - 1
     with torch.no_grad():
         posterior = net.encode(x).latent_dist
-    found = torch.from_numpy(np.load("data/imagenet512/rows.npy")).float()
+    found = torch.from_numpy(np.array(data.rows)).float()
     assert torch.allclose(found[:, :4], posterior.mean, atol=1e-2)
     assert torch.allclose(found[:, 4:], posterior.std, rtol=1e-2)
     assert data.shape == (4, 8, 8) and data.labels.tolist() == list(labels)
@@ -117,7 +117,7 @@ def test_latents_are_the_autoencoders(folder, vae):
     shift, scale = (torch.tensor(v).view(4, 1, 1)
                     for v in ([1.56, -0.695, 0.483, 0.729], [5.27, 5.91, 4.21, 4.31]))
     assert torch.allclose(x0, (z - shift) * 0.5 / scale, atol=1e-6) and len(y) == 64
-    means = data.x0(slice(None), "cpu")
+    means = data.x0(data.fetch(slice(None)).float())
     assert torch.allclose(means, (found[:, :4] - shift) * 0.5 / scale, atol=1e-6)
 
 
@@ -150,7 +150,7 @@ def test_edm2s_zip_of_latents(vae):
     assert np.array_equal(data.rows[[4, 1]], rows[[4, 1]]) and data.shape == (4, 4, 4) and data.classes == 3
     shift, scale = (torch.tensor(v).view(4, 1, 1)
                     for v in ([5.81, 3.25, 0.12, -2.15], [4.17, 4.62, 3.71, 3.28]))
-    means, labels = data.x0(slice(None), "cpu"), data.labels
+    means, labels = data.x0(data.fetch(slice(None)).float()), data.labels
     assert torch.allclose(means, (torch.from_numpy(rows[:, :4]) - shift) * 0.5 / scale, atol=1e-6)
     assert labels.tolist() == [0, 1, 2] * 2 and not Path("data").exists()
 
@@ -189,24 +189,25 @@ def dies(monkeypatch, count):
 def test_encoding_goes_on_after_a_kill(folder, vae, monkeypatch, capsys):
     """Unfinished latents are not read; two processes go on with them, and do nothing twice; damaged ones are
     encoded anew where the images are given."""
+    monkeypatch.setattr(kit.store, "PART", 8)
     whole = np.array(latents(folder).rows)
     Path("data").rename("elsewhere")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         dies(patch, 20)
         latents(folder)
-    assert np.load("data/imagenet512/done.npy").sum() == 16
+    parts = [Path(f"data/imagenet512/rows-0000{k}.npy") for k in range(3)]
+    assert [path.exists() for path in parts] == [True, True, False]
     assert "--data data/imagenet512" in fails(capsys, latents)
-    rows = np.load("data/imagenet512/rows.npy", mmap_mode="r+")
-    rows[:8] = 7  # a mark: these count as done
-    rows.flush()
-    for rank in (0, 1):  # each takes every second batch
+    np.save(parts[0], 0 * np.load(parts[0]) + 7)  # a mark: these count as done
+    parts[1].unlink()
+    for rank in (0, 1):  # parts 0 and 2, then part 1
         with monkeypatch.context() as patch:
-            patch.setattr(kit.data, "RANK", rank), patch.setattr(kit.data, "WORLD", 2)
-            latents(folder)
-    found = latents().rows
+            patch.setattr(kit.store, "share", lambda: (rank, 2))
+            fails(capsys, latents, folder) if rank == 0 else latents(folder)  # rank 0 waits for nobody here
+        assert [path.exists() for path in parts] == [True, rank == 1, True]
+    found = np.array(latents().rows)
     assert np.array_equal(found[8:], whole[8:]) and (found[:8] == 7).all()
-    path = Path("data/imagenet512/rows.npy")
-    path.write_bytes(path.read_bytes()[:-100])
+    parts[0].write_bytes(parts[0].read_bytes()[:-100])
     assert "--data data/imagenet512" in fails(capsys, latents)
     assert np.array_equal(latents(folder).rows, whole)
 
@@ -214,29 +215,72 @@ def test_encoding_goes_on_after_a_kill(folder, vae, monkeypatch, capsys):
 def test_pixels_are_kept_by_all_processes(tmp_path, monkeypatch):
     """The cache of a folder: two processes write what one does. A killed writer goes on where it stopped, and
     a damaged cache is made anew."""
-    root = draw_pictures(tmp_path / "many", 600)  # in batches of 256: two for one process, one for the other
+    root = draw_pictures(tmp_path / "many", 1400)  # two files, one of each process
     finish(torchrun("scm", "--dataset", "folder", "--data", root, "--mode", "sct", "--steps", 1, "--batch", 8,
                     "--channels", 8, "--channel_mult", "1,1", "--blocks", 1))
     cfg, (two,) = scm.Config(dataset="folder", data=str(root)), Path("data/cache").iterdir()
     seen = dies(monkeypatch, 10**9)
     rows, *_ = kit.data.image_folder(cfg)
-    assert len(seen) < 5 and len(rows) == 600  # nothing is decoded again, but for a first look
+    assert len(seen) < 5 and len(rows) == 1400  # nothing is decoded again, but for a first look
 
     Path("one").mkdir()
     monkeypatch.chdir("one")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        dies(patch, 400)
+        dies(patch, 1100)
         kit.data.image_folder(cfg)
     (one,) = Path("data/cache").iterdir()
-    assert one.name == two.name and np.load(one / "done.npy").sum() == 256
+    assert one.name == two.name and [path.name for path in one.glob("rows*")] == ["rows-00000.npy"]
     seen.clear()
     kit.data.image_folder(cfg)
-    assert len(seen) < 600 - 256 + 5
-    for name in ("rows.npy", "labels.npy", "done.npy"):
+    assert len(seen) < 400
+    for name in ("rows-00000.npy", "rows-00001.npy", "labels.npy"):
         assert (one / name).read_bytes() == (tmp_path / two / name).read_bytes()
-    (one / "rows.npy").write_bytes((one / "rows.npy").read_bytes()[:-1000])
+    (one / "rows-00001.npy").write_bytes((one / "rows-00001.npy").read_bytes()[:-1000])
     again, labels, *_ = kit.data.image_folder(cfg)
-    assert np.array_equal(again, rows) and np.bincount(labels).tolist() == [200] * 3
+    assert np.array_equal(again, rows) and np.bincount(labels).tolist() == [467, 467, 466]
+
+
+def test_rows_in_files_are_one_array(tmp_path):
+    """Slices, numbers in any order and -1 find the rows of one numpy array; so does the one file of earlier
+    versions."""
+    rows = np.random.default_rng(0).integers(0, 256, (2500, 2, 3), np.uint8)
+
+    def prepare():
+        return np.arange(2500), np.zeros(2500), lambda part: rows[part], []
+    found, *_ = kit.store.open_store(tmp_path / "parts", prepare, dict(sources="here"))
+    for index in (slice(5, 1030), [2499, 0, 1024, 0], [-1], -1, 1500):
+        assert np.array_equal(found[index], rows[index])
+    assert found.shape == rows.shape and len(found) == 2500 and np.array_equal(found, rows)
+    for path in (tmp_path / "parts").glob("rows*"):
+        path.unlink()
+    np.save(tmp_path / "parts/rows.npy", rows)
+    np.save(tmp_path / "parts/done.npy", np.ones(2500, np.uint8))
+    old, *_ = kit.store.open_store(tmp_path / "parts", lambda: pytest.fail("made anew"), dict(sources="here"))
+    assert np.array_equal(old, rows)
+
+
+def test_the_next_batch_is_read_ahead(folder):
+    """What a thread has read is what batch() would have read, also if others are drawn in between."""
+    cfg = scm.Config(dataset="folder", data=str(folder), conditional=True, label_dropout=0.5, flip=True)
+    plain, ahead = kit.dataset(cfg), kit.dataset(cfg)
+    ahead.following = lambda seed, step, lo, hi: (seed, step + 1, lo, hi) if step < 9 else None
+    for step in (0, 1, 99, 2, 3):
+        for a, b in zip(plain.batch(common.Draw(0, step, 4, 12)), ahead.batch(common.Draw(0, step, 4, 12))):
+            assert torch.equal(a, b)
+    assert list(ahead.ahead) == [(0, 4, 4, 12)]
+
+
+def test_dry_run_encodes_nothing(folder, vae, monkeypatch, capsys):
+    """Of latents that are not there yet, --dry_run knows shape and classes without encoding an image, of
+    pictures from the first of them, and leaves nothing behind."""
+    monkeypatch.setattr(diffusers.AutoencoderKL, "encode", lambda *_: pytest.fail("encoded"))
+    seen = dies(monkeypatch, 5)  # of 24
+    small = ["--mode", "diffusion", "--channels", "8", "--channel_mult", "1,1", "--dry_run", "--data", folder]
+    for words in (["imagenet512", "--vae", "vae", "--image_size", "16"], ["folder"]):
+        scm.main(["--dataset", *map(str, [*words, *small])])
+    shown = capsys.readouterr().out
+    assert "(4, 8, 8), 3 classes" in shown and "(3, 8, 8), 3 classes" in shown
+    assert len(seen) < 5 and not Path("data").exists() and not Path("out").exists()
 
 
 def test_links_to_folders_are_followed_and_loops_end(folder, monkeypatch):
@@ -261,7 +305,7 @@ def test_latents_for_edm2s_networks(folder, vae, capsys):
         mean = net.encode(x).latent_dist.mean
     shift, scale = (torch.tensor(v).view(4, 1, 1)
                     for v in ([5.81, 3.25, 0.12, -2.15], [4.17, 4.62, 3.71, 3.28]))
-    assert torch.allclose(data.x0(slice(None), "cpu"), (mean - shift) * 0.5 / scale, atol=1e-3)
+    assert torch.allclose(data.x0(data.fetch(slice(None)).float()), (mean - shift) * 0.5 / scale, atol=1e-3)
     assert data.space == data.cfg.space == "edm2" and data.cfg.data == "data/imagenet512-edm2"
     assert latents("data/imagenet512-edm2").space == "edm2" and latents(folder).space == "signed"
     line = fails(capsys, latents, "data/imagenet512", space="edm2")

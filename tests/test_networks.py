@@ -172,6 +172,42 @@ def test_rules_are_pytorchs_own(name):
     assert all(torch.allclose(a, b, atol=1e-9) for pair in (grads, second) for a, b in zip(*pair))
 
 
+@pytest.mark.parametrize("dims", [1, (1, 2, 3)])
+def test_pnorms_backward_pass_is_its_derivative(dims):
+    """gradcheck compares it with differences, gradgradcheck that of the second derivative."""
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: networks.pnorm(x, dims), x)
+    assert torch.autograd.gradgradcheck(lambda x: networks.pnorm(x, dims), x)
+
+
+def test_a_frozen_network_normalizes_its_weights_once(nets, monkeypatch):
+    """And gives what it gave before, bit for bit."""
+    _, net = nets()
+    x, t, counted = torch.randn(2, 3, 8, 8).double(), torch.rand(2).double(), []
+    before = net(x, t)
+    kit.layers.freeze(net.requires_grad_(False))
+    unit = kit.layers.MPConv.unit
+    monkeypatch.setattr(kit.layers.MPConv, "unit", lambda *args: counted.append(1) or unit(*args))
+    assert torch.equal(net(x, t), before) and torch.equal(net(x, t), before)
+    assert len(counted) == sum(isinstance(m, kit.layers.MPConv) for m in net.modules()) - 1  # no head
+
+
+@pytest.mark.parametrize("tangent", [False, True])
+def test_edm2s_blocks_stay_channels_last(tangent):
+    """Every convolution's input, with and without a JVP, so that none is laid out anew."""
+    net, seen = kit.networks.build(dict(shape=(4, 8, 8), channels=16, blocks=1, attention=(8, 4))), []
+    real = tnf.conv2d
+
+    def conv(x, *args, **kw):
+        seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        return real(x, *args, **kw)
+    at = torch.randn(2, 4, 8, 8), torch.rand(2)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(tnf, "conv2d", conv)
+        common.jvp(net, at, at) if tangent else net(*at)
+    assert len(seen) > 20 and all(seen)
+
+
 def test_a_zero_has_a_tangent():
     """pnorm's slope at zero is 1 / eps, not 0 / 0."""
     _, tangent = common.jvp(networks.pnorm, (torch.zeros(1, 4),), (torch.ones(1, 4),))

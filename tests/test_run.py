@@ -23,6 +23,7 @@ from conftest import (
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -336,6 +337,29 @@ def test_one_run_at_a_time_and_sigterm(tmp_path):
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, step + 3))
 
 
+def held(options, n, checkpointing):
+    """Bytes that PyTorch's profiler sees a forward and a backward pass of n samples hold, at most."""
+    net = kit.networks.build(options)
+    net.checkpointing = checkpointing
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        net(torch.randn(n, *options["shape"]), torch.rand(n)).sum().backward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_forecast_is_what_a_step_holds(dtype, checkpointing):
+    """Within 5 % for each sample. What is for all of them together is that of the weights in other forms."""
+    options = dict(shape=(4, 16, 16), channels=32, blocks=1, attention=(8,), dtype=dtype, dropout=0.1)
+    parameters, _, fixed, sample = kit.run.estimate(options, checkpointing)
+    eight, sixteen = (held(options, n, checkpointing) for n in (8, 16))
+    assert sample == pytest.approx((sixteen - eight) / 8, rel=0.05)
+    assert fixed == pytest.approx(2 * eight - sixteen, abs=parameters)
+
+
 def test_micro_is_the_largest_that_fits(monkeypatch):
     """A divisor of the share: all of it in much memory, 1 in too little; between, the estimate fits and the
     next divisor would not. Lack of memory names the next lower one."""
@@ -345,15 +369,77 @@ def test_micro_is_the_largest_that_fits(monkeypatch):
     base = 12 * parameters + fixed
     assert kit.run.largest_micro(net, 96, base + 10**12) == 96 and kit.run.largest_micro(net, 96, 0) == 1
     assert kit.run.largest_micro(net, 96, base + int(1.33 * 47 * sample)) == 32
+    assert kit.run.largest_micro(net, 96, base + int(1.33 * 47 * sample), checkpointing=True) > 32
     run = kit.Run.__new__(kit.Run)
     run.cfg, run.device, run.micro = scm.Config(batch=96, micro=24), torch.device("cpu"), 0
     run.split(net)
     assert run.rows[1] == (24, 48) and len(run.rows) == 4
     assert kit.process.HINTS["memory"] == "--micro 16, or --checkpointing"
-    run.cfg.micro, run.micro = 0, 20  # what a GPU of an earlier sitting chose for another share
+    net.extra["another"] = kit.networks.build(net.options)
+    assert kit.run.largest_micro(net, 96, base + int(1.33 * 47 * sample)) < 32
+    net.extra.clear()
+    # on a GPU: nothing is computed twice as long as enough samples fit at once
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    run.device = torch.device("cuda")
+    monkeypatch.setattr(torch, "tensor", lambda v, device=None, real=torch.tensor: real(v))
+    for room, micro, checkpointing in ((30, 24, False), (12, 32, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (base + int(1.33 * room * sample), 0))
+        run.cfg.micro, run.micro, net.checkpointing = 0, 0, False
+        run.split(net)
+        assert (run.micro, net.checkpointing) == (micro, checkpointing)
+    run.micro = 20  # what an earlier sitting chose for another share
     run.split(net)
     assert run.rows[1] == (16, 32) and run.micro == 16
-    net.checkpointing = True
-    half = kit.run.largest_micro(net, 96, base + int(1.33 * 96 * kit.run.estimate(net.options, True)[3]))
-    net.extra["another"] = kit.networks.build(net.options)
-    assert kit.run.largest_micro(net, 96, 2 * base) < half < 96
+
+
+def test_following_places_are_those_of_the_loop():
+    """Micro-batch after micro-batch, step after step, to the end; none for what a report draws."""
+    run = kit.Run.__new__(kit.Run)
+    run.cfg, run.rows = scm.Config(steps=3), [(8, 12), (12, 16)]
+    place, seen = (5, 0, 8, 12), []
+    while place:
+        seen.append(place)
+        place = run.following(*place)
+    assert seen == [(5, step, *rows) for step in range(3) for rows in run.rows]
+    assert run.following(5, 2**32, 8, 12) is None and run.following(5, 1, 0, 4) is None
+
+
+TINY = ["--channels", 8, "--channel_mult", "1,1", "--blocks", 1, "--attention", 4, "--image_size", 8]
+ENDS = dict(cm=["--mode", "cd", "--metric", "l2"], direct_cm=["--mode", "both", "--intervals", 20],
+            multistep_cm=["--mode", "diffusion", "--x_var_data"], sct=["--reference", "dataset"], scm=[])
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_two_processes_come_to_the_end(name, folder, train):
+    """Two processes make the cache of a folder, train, and end with rank 0's report and samples, in which no
+    step waits for the other process. So does --sample, also where it needs data that are not there yet."""
+    train("--dataset", "folder", "--data", folder, "--mode", "diffusion", "--steps", 1, *TINY, "--batch", 4,
+          "--label_dropout", 0.1, "--out", "teacher")
+    shutil.rmtree("data")
+    source = "--init" if name in ("sct", "multistep_cm") else "--teacher"
+    words = ["--dataset", "folder", "--data", folder, "--steps", 2, "--batch", 4, *ENDS[name]]
+    printed = finish(torchrun(name, *words, source, "teacher", "--out", "two"))
+    runs = [Path("two/cm"), Path("two/direct")] if name == "direct_cm" else [Path("two")]
+    assert printed.count("2 steps, ") == len(runs)
+    assert all((out / "samples-000002.png").exists() for out in runs)
+    shutil.rmtree("data")
+    finish(torchrun(name, "--sample", 2, "--out", runs[0], "--save", "some.png"))
+    assert Path("some.png").exists()
+
+
+def test_training_waits_as_usual_and_preparations_wait_long():
+    """A lost process ends the training after PyTorch's own timeout, not after the day of a download."""
+    Path("wait.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, torch.distributed as dist
+from kit.process import PATIENT, RANK, barrier, gathered, start_processes
+start_processes()
+groups = dist.group.WORLD, PATIENT["group"]
+own, long = (g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups)
+assert own <= 1800 and long == 24 * 3600, (own, long)
+barrier()
+assert gathered(RANK) == (None if RANK else [0, 1])
+del groups
+""")
+    finish([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "wait.py"])

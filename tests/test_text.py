@@ -97,7 +97,8 @@ def test_both_losses_train_and_diffusers_reads_the_adapters(words, pipeline):
         assert torch.equal(teacher.eps(z, t - 1, y), before) and not torch.allclose(eps, before, atol=1e-3)
         pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(pipeline)
         pipe.load_lora_weights(f"run/{mode}", weight_name="pytorch_lora_weights.safetensors")
-        prompts, pooled = (table[y] * (y >= 0).view(3, *[1] * (table.ndim - 1)) for table in teacher.text)
+        tables = kit.text.columns(teacher.text[:], "prompt", "pooled")
+        prompts, pooled = (table[y] * (y >= 0).view(3, *[1] * (table.ndim - 1)) for table in tables)
         added = dict(text_embeds=pooled, time_ids=torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(3, 6))
         assert torch.allclose(pipe.unet(z, t, prompts, added_cond_kwargs=added).sample, eps, atol=1e-4)
     direct_cm.main(["--sample", "2", "--prompt", "a disc", "--nfe", "2", "--out", "run/cm"])
@@ -150,7 +151,7 @@ def test_the_pipeline_behind_f_is_its_own_eps(words):
     its x_0, and Imagen's guidance; y = -1 has zero embeddings, the others the caption's."""
     cfg = config(words)
     data = kit.text.Captions(cfg, "cpu")
-    net, (prompts, pooled) = data.teacher, data.teacher.text
+    net, (prompts, pooled) = data.teacher, kit.text.columns(data.rows[:], "prompt", "pooled")
     z, t, y = torch.randn(3, *data.shape), torch.tensor([1000, 600, 10]), torch.tensor([3, 4, 9])
     size = torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(3, 6)
     with torch.no_grad():
