@@ -30,6 +30,24 @@ def both(function, x, dtype):
         return torch.func.jvp(function, *(tuple(v.to(dtype) for v in part) for part in (x[:3], x[3:])))
 
 
+def test_where_the_kernel_cannot_start_the_blocks_take_over(monkeypatch, capsys):
+    """As on a slim image, where Triton finds no C compiler: one line says so, once."""
+    def launch(*duals):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+    own = sys.modules["kit.attention"]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(own, "triton_kernel", lambda: True)
+    monkeypatch.setattr(own, "attention_triton", launch)
+    own.triton_works.cache_clear()
+    x = inputs(20)
+    for _ in range(2):
+        for found, expected in zip(both(own.attention, x, torch.float32), both(oracle, x, torch.float64)):
+            assert error(found, expected) < 1e-5
+    own.triton_works.cache_clear()
+    shown = capsys.readouterr().out
+    assert "C compiler" in shown and len(shown.splitlines()) == 1
+
+
 @pytest.mark.parametrize("n, dtype, bound", [
     (100, torch.float32, 1e-5), (700, torch.float32, 1e-5), (1, torch.float32, 1e-5),
     (513, torch.float16, 2e-3), (513, torch.bfloat16, 2e-2)])

@@ -3,8 +3,9 @@ import cm
 import common
 import kit
 import scm
-from conftest import ROOT, one_line
+from conftest import ROOT, one_line, parsed
 
+import copy
 import math
 import os
 import re
@@ -55,6 +56,21 @@ def test_other_diffusers_unets_are_refused_in_one_line(options, lost, word, caps
     with pytest.raises(SystemExit):
         kit.load_net("other")
     assert word in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_teachers_weights_are_kept_and_compiled(train, folder):
+    """Of a run of ours, normalized once; with --compile its passes are compiled, too."""
+    small = ["--channels", 8, "--channel_mult", "1,1", "--blocks", 1, "--attention", 4]
+    train("--dataset", "folder", "--data", folder, "--mode", "diffusion", "--batch", 8, "--steps", 1, *small,
+          "--out", "run")
+    cfg = parsed("--dataset", "folder", "--data", folder, "--teacher", "run", "--compile")
+    teacher = kit.load_teacher(cfg, kit.dataset(cfg), "cpu")
+    plain = kit.load_net("run")
+    frozen = [m for m in teacher.modules() if isinstance(m, kit.layers.MPConv)]
+    assert all(m.frozen for m in frozen) and sum(m.kept is not None for m in frozen) > 10
+    assert teacher._compiled_call_impl is not None and plain._compiled_call_impl is None
+    x, t = torch.randn(2, 3, 8, 8), torch.rand(2)
+    assert torch.equal(teacher.forward(x, t), plain(x, t)) and not copy.deepcopy(teacher)._compiled_call_impl
 
 
 def test_the_readmes_dit_teaches():
