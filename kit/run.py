@@ -28,7 +28,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
@@ -93,6 +92,7 @@ def estimate(options, checkpointing):
     """Of the network with these options: parameters; FLOPs of a sample's forward pass; the most bytes that a
     forward and a backward pass hold beside weights and gradients, those that do not grow with the batch
     (weights in other forms) and those of each sample. Counted on tensors without memory."""
+    from torch.utils.flop_counter import FlopCounterMode  # its import takes most of a second
     with torch.device("meta"):
         net = build(options)
     net.checkpointing = checkpointing
