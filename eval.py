@@ -447,7 +447,7 @@ def measure(run, samples, nfe, n, reference, args, tools):
         row["note"] = "; ".join(filter(None, [row.get("note"), f"{n} samples instead of {args.samples}"]))
     row |= {name: samples[name].double().mean().item() for name in ("clip_score", "aesthetic_score")
             if name in samples}
-    return row, density(x, 160) if x.ndim == 2 else grid(x[:SHOWN], SHOWN)
+    return row, density(x, 320) if x.ndim == 2 else grid(x[:SHOWN], SHOWN)
 
 
 def measure_images(samples, reference):

@@ -342,10 +342,12 @@ def train(cfg):
 
     def show(step):
         kit.report(cfg, run, step, sample, ema, data, teacher, (cfg.student_steps,))  # <- method
-        if teacher is data and cfg.mode != "diffusion" and kit.RANK == 0:  # <- method: a mixture
+        if step == cfg.steps and teacher is data and cfg.mode != "diffusion" and kit.RANK == 0:  # <- method
             compare(cfg, teacher)  # <- method
 
     for step in run.steps(start):
+        if run.shows(step):
+            show(step)
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg)
         total = torch.zeros([], device=run.device)
@@ -372,8 +374,6 @@ def train(cfg):
             run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
         if run.due(done):
             run.save(state, done)
-        if done % cfg.sample_every == 0 and done < cfg.steps:
-            show(done)
     show(cfg.steps)
 
 
@@ -401,20 +401,23 @@ PATH_STATES = 240  # states along a path of --figure, which is a multiple of eac
 
 
 def figure(cfg):
-    """Fig. 1: densities of (t, z) along paths from the same noise, which is at the left; data is at the
-    right."""
-    noise, columns = cfg.sigma_d * common.Draw(0, 0, 0, 400).normal(1), {}
+    """Fig. 1: paths from the same noise, evenly spread over its distribution, coloured by the mode that each
+    ends in. Gray lines are the segments' ends."""
+    noise = cfg.sigma_d * torch.special.ndtri((torch.arange(60) + 0.5) / 60)[:, None]
+    means, columns = kit.dataset(cfg).mean.flatten(), {}
     for steps in (1, 2, 4, PATH_STATES):
-        part, path = replace(cfg, student_steps=steps, out=f"{cfg.out}/{steps}"), []
-        if steps < PATH_STATES:
+        path, ode = [], steps == PATH_STATES
+        part = replace(cfg, student_steps=steps, out=f"{cfg.out}/{steps}")
+        if ode:  # many DDIM steps of the exact teacher
+            net = kit.dataset(cfg)
+        else:
             train(part)
             net = kit.load_net(part.out)
-        else:  # the ODE: many DDIM steps of the exact teacher
-            net = kit.dataset(cfg)
-        sample(net, noise, None, steps, part, None, path=path)
-        time = ((torch.arange(len(path)) + 0.5) / len(path) * 2 - 1).expand(len(noise), -1)
-        points = torch.stack([time, torch.cat(path, 1).float() / 3], 2).flatten(0, 1)
-        columns["ODE" if steps == PATH_STATES else f"{steps} step{'s' * (steps > 1)}"] = points
+        path.append(sample(net, noise, None, steps, part, None, path=path))
+        colours = [("#1f5aaa", "#d9660c")[k] for k in (path[-1] - means).abs().argmin(1)]
+        marks = [] if ode else [i / steps for i in range(1, steps)]
+        columns["ODE" if ode else f"{steps} step{'s' * (steps > 1)}"] = kit.lines(
+            torch.cat(path, 1), colours, marks, half=3.0)
     kit.panels(columns, f"{cfg.out}/paths.png")
     print(f"wrote {cfg.out}/paths.png")
 

@@ -354,6 +354,8 @@ def train(cfg):
         kit.report(cfg, run, step, sample, ema, data, teacher, (1, 2))  # <- method
 
     for step in run.steps(start):
+        if run.shows(step):
+            show(step)
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg)
         total = torch.zeros([], device=run.device)
@@ -378,8 +380,6 @@ def train(cfg):
             run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
         if run.due(done):
             run.save(state, done)
-        if done % cfg.sample_every == 0 and done < cfg.steps:
-            show(done)
     show(cfg.steps)
 
 

@@ -322,6 +322,8 @@ def train(cfg):
         kit.report(shown, run, step, sample, ema, data, None, nfes)  # <- method
 
     for step in run.steps(start):
+        if run.shows(step):
+            show(step)
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg)
         total = torch.zeros([], device=run.device)
@@ -348,8 +350,6 @@ def train(cfg):
             run.log(done, loss=total, lr=group["lr"], grad_norm=grad_norm, **info)
         if run.due(done):
             run.save(state, done)
-        if done % cfg.sample_every == 0 and done < cfg.steps:
-            show(done)
     show(cfg.steps)
 
 

@@ -36,7 +36,7 @@ from kit.data import read_image
 from kit.layers import normalize_weights
 from kit.metrics import distance
 from kit.process import RANK, WORLD, fail, reading
-from kit.report import export, noise_and_labels, panels, place, report, write_samples
+from kit.report import export, lines, noise_and_labels, panels, place, report, write_samples
 from kit.run import Run, dry_run, lerp, make_optimizer
 from kit.teachers import init_path, load_net, load_teacher, network, read_checkpoint
 from kit.text import Epsilon

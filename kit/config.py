@@ -94,6 +94,7 @@ class Config:
     save_every: int = free(1000, least=1)  # steps between checkpoints
     keep_every: int = free(0)  # keep each checkpoint of so many steps, as ckpt-STEP.pt; 0 is off
     sample_every: int = free(10**9, least=1)  # steps between sample pictures while training
+    gif: bool = free(True)  # points: samples of each tenth of the training, as an animation
     resume: bool = opens(False)  # go on from the checkpoint in --out; auto: or start anew if there is none
     overwrite: bool = call(False)  # replace the run in --out
     dry_run: bool = call(False)  # check data and teacher, print size, memory and cost, and train nothing

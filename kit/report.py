@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from tqdm import tqdm
 
@@ -23,29 +23,65 @@ from tqdm import tqdm
 def panels(columns, path, across=0):
     """PNG of titled panels, all in one row, or `across` in each. A panel is points (N, 2), drawn as a
     density; images (N, 3, H, W) uint8, drawn as a grid; or a picture."""
+    picture = side_by_side(columns, across)
+    atomic_write(path, lambda file: picture.save(file, "PNG"))
+
+
+def side_by_side(columns, across=0):
+    """The picture of `panels`."""
     pictures = [v if isinstance(v, Image.Image) else density(v) if v.ndim == 2 else grid(v)
                 for v in columns.values()]
     width, height = (max(sizes) for sizes in zip(*(picture.size for picture in pictures)))
     across = across or len(pictures)
-    sheet = Image.new("RGB", (across * (width + 8), -(-len(pictures) // across) * (height + 28)), "white")
+    longest = max(ImageFont.load_default(14).getlength(title) for title in columns)
+    font = ImageFont.load_default(max(14, min(28, width // 18, 14 * width / longest)))
+    head, rows = round(1.7 * font.size), -(-len(pictures) // across)  # head: pixels for a title
+    sheet = Image.new("RGB", (across * (width + 8), rows * (height + head + 4)), "white")
     pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
     for i, (title, picture) in enumerate(zip(columns, pictures)):
-        left, top = i % across * (width + 8) + 4, i // across * (height + 28)
-        sheet.paste(picture, (left, top + 24))
-        pen.text((left + width / 2, top + 12), title, "black", font, anchor="mm")
-    atomic_write(path, lambda file: sheet.save(file, "PNG"))
+        left, top = i % across * (width + 8) + 4, i // across * (height + head + 4)
+        sheet.paste(picture, (left, top + head))
+        pen.text((left + width / 2, top + head / 2), title, "black", font, anchor="mm")
+    return sheet
 
 
-def density(points, size=240, half=1.0):
+def animation(frames, title, path):
+    """GIF of points (N, d) at several steps, {step: points}, that stays at the last one for a while."""
+    first, *others = [side_by_side({f"{title}, step {step:,}": x}).quantize(64, Image.Quantize.FASTOCTREE)
+                      for step, x in sorted(frames.items())]
+    show = dict(append_images=others, duration=[500] * len(others) + [2500], loop=0)
+    atomic_write(path, lambda file: first.save(file, "GIF", save_all=True, **show))
+
+
+def density(points, size=480, half=1.0):
     """Points (N, d) -> density of their first two coordinates on [-half, half]^2, from white to dark blue on
     a square-root scale. Points (N, 1) are spread out in the other direction, which draws stripes."""
     if points.shape[1] == 1:
         points = torch.cat([points.cpu(), torch.linspace(-half, half, len(points))[:, None]], dim=1)
     counts, _, _ = np.histogram2d(*points.cpu().double().numpy().T[:2], size // 2, [[-half, half]] * 2)
-    level = np.sqrt(np.minimum(counts / (20 * len(points) / (size / 2) ** 2), 1)).T[::-1, :, None]
-    shade = 255 * (1 - level) + np.array([20, 40, 110]) * level
-    return Image.fromarray(shade.astype(np.uint8)).resize((size, size), Image.NEAREST)
+    i = np.arange(size // 2)
+    blur = np.exp(-0.5 * (i[:, None] - i) ** 2)  # by a bin, so that a single point is a soft dot
+    blur /= blur.sum(1)
+    level = np.sqrt(blur @ counts @ blur.T / (20 * len(points) / (size // 2) ** 2))
+    level = Image.fromarray((255 * level.clip(0, 1).T[::-1]).astype(np.uint8))
+    return ImageOps.colorize(level.resize((size, size), Image.BICUBIC), "white", (20, 40, 110))
+
+
+def lines(paths, colours, marks=(), width=480, height=360, half=1.0):
+    """Paths (N, T), from noise at the left to data at the right, as thin lines on [-half, half], each in its
+    colour. `marks` are vertical lines, at shares of the way. Drawn at four times the size and reduced."""
+    picture = Image.new("RGB", (4 * width, 4 * height), "white")
+    pen = ImageDraw.Draw(picture)
+    for mark in marks:
+        pen.line([(4 * width * mark, 0), (4 * width * mark, 4 * height)], (205, 205, 205), 5)
+    across = np.linspace(0, 4 * width, paths.shape[1])
+    for path, colour in zip(paths.tolist(), colours):
+        up = 2 * height * (1 - np.array(path) / half)
+        pen.line(list(zip(across.tolist(), up.tolist())), colour, 4, joint="curve")
+    picture, font = picture.resize((width, height), Image.BOX), ImageFont.load_default(16)
+    for text, x, anchor in (("noise", 6, "ls"), ("data", width - 6, "rs")):
+        ImageDraw.Draw(picture).text((x, height - 6), text, (90, 90, 90), font, anchor)
+    return picture
 
 
 def grid(images, columns=0):
@@ -76,8 +112,8 @@ def noise_and_labels(cfg, shape, classes, lo, hi, seed, device):
 def reported(run, step):
     """Whether an earlier sitting of a resumed run has come to the end of this report."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        there = (run.out / f"samples-{step:06d}.png").exists()
-        return there and json.loads((run.out / "metrics.json").read_text())["steps"] == step
+        there = step == run.start and (run.out / f"samples-{step:06d}.png").exists()
+        return there and json.loads((run.out / "metrics.json").read_text())["steps"] >= step
     return False
 
 
@@ -88,11 +124,17 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
 
     Points: the energy distance to fresh data of the samples, of the exact ODE's samples, and of other data;
     and the ODE error E, the RMS between samples of nfes[0] evaluations and the exact solution from the same
-    noise. Images: the samples beside the teacher's. Writes samples-*.png and metrics.json."""
-    if RANK or reported(run, step):
-        return
+    noise. Images: the samples beside the teacher's. Writes samples-*.png and metrics.json, and of points
+    samples.gif. For that, each tenth of the run keeps fewer of the same samples."""
     nfes = (35,) if cfg.mode == "diffusion" else nfes
     points, toy = len(data.shape) == 1, isinstance(data, Mixture)
+    if points and cfg.gif and run.tenth(step) and RANK == 0:
+        n = 2000 if nfes[0] < 10 else 500
+        noise, y, gen = noise_and_labels(cfg, data.shape, net.options["classes"], 0, n, 12345, run.device)
+        run.frames[step] = sample(net, noise, y, nfes[0], cfg, gen)[:, :2].float().cpu()
+    due = step == cfg.steps or step > 0 and step % cfg.sample_every == 0
+    if RANK or not due or reported(run, step):
+        return
     n = 5000 if points else 36 if data.shape[0] == 3 and data.shape[1] <= 64 else 4
     noise, y, gen = noise_and_labels(cfg, data.shape, net.options["classes"], 0, n, 12345, run.device)
     columns = {}
@@ -118,6 +160,8 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
         if toy:
             metrics.setdefault("ode_error", rms(x, exact))
     panels(columns, run.out / f"samples-{step:06d}.png")
+    if points and cfg.gif:
+        animation(run.frames, f"{cfg.mode}, {nfes[0]} NFE", run.out / "samples.gif")
     if points:
         metrics["energy_distance"] = distances
         run.log(step, **{k: v for k, v in metrics.items() if k == "ode_error"},

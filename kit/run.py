@@ -178,6 +178,7 @@ class Run:
         self.stopped = self.stopping = 0  # the signal that has come; whether all processes know of one
         self.began = time.time()  # moved back by what earlier sittings of a resumed run took
         self.lines = None if cfg.resume else []  # of the log, until the run's first checkpoint
+        self.frames = {}  # of samples.gif: points that the network sampled, by step
         self.micro = 0
         self.device = start_processes()
         check_out(cfg)
@@ -288,6 +289,7 @@ class Run:
             for name, part in state.items():
                 part.load_state_dict(ckpt[name])
             self.began, self.micro = time.time() - ckpt["seconds"], ckpt.get("micro", 0)
+            self.frames = ckpt.get("frames", {})
         if ckpt.get("world", WORLD) != WORLD and RANK == 0:
             print(f"{self.out} was written by {ckpt['world']} processes and goes on with {WORLD}: data and "
                   "noise are the same, but sums are rounded in another order, so not bit for bit")
@@ -328,7 +330,7 @@ class Run:
         ckpt = {name: part.state_dict() for name, part in state.items()}
         ckpt |= dict(script=Path(inspect.getfile(type(cfg))).resolve().stem, config=vars(cfg), step=step,
                      options=state["net"].options, world=WORLD, micro=self.micro)
-        ckpt["made_from"] = self.made_from
+        ckpt |= dict(made_from=self.made_from, frames=self.frames)
         ckpt["extra"] = {name: part.options for name, part in state["ema"].extra.items()}
         ckpt["seconds"] = time.time() - self.began
         text = json.dumps(vars(cfg), indent=1)
@@ -339,7 +341,7 @@ class Run:
         write_together(files)
         if self.lines is not None:  # what is left of a replaced run
             for path in self.out.iterdir():
-                if re.fullmatch(r"metrics\.json|samples-\d{6,}\.png|ckpt-\d{6,}\.pt", path.name):
+                if re.fullmatch(r"metrics\.json|samples-\d{6,}\.png|samples\.gif|ckpt-\d{6,}\.pt", path.name):
                     path.unlink(missing_ok=True)
             self.lines = None
         if cfg.keep_every and step % cfg.keep_every == 0:
@@ -348,10 +350,18 @@ class Run:
             state["ema"].export(self.out, cfg.inference())
         HINTS["stopped"] = f"; --resume goes on from the checkpoint in {self.out}"
 
+    def shows(self, step):
+        """Whether to look at the network after so many steps: each tenth of the run, for samples.gif, and
+        each --sample_every."""
+        return self.tenth(step) or step > 0 and step % self.cfg.sample_every == 0
+
+    def tenth(self, step):
+        return step in [self.cfg.steps * i // 10 for i in range(11)]
+
     def steps(self, start):
         """The training steps, behind a progress bar, or with a line every 10 s if stderr is no terminal.
         SIGTERM and Ctrl-C let the step end and save it; a second one ends at once."""
-        tty = sys.stderr.isatty()
+        self.start, tty = start, sys.stderr.isatty()
         self.bar = tqdm(range(start, self.cfg.steps), initial=start, total=self.cfg.steps, disable=RANK > 0,
                         desc=f"{self.out} {self.cfg.mode}", unit="step", dynamic_ncols=True,
                         mininterval=0.5 if tty else 10, file=None if tty else Lines())

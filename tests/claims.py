@@ -2,6 +2,7 @@
 
     python tests/claims.py                                    lists the claims
     python tests/claims.py toy                                every mode of every script on the 2-D ring
+    python tests/claims.py figure                             what each method's loss compares, as a picture
     python tests/claims.py tangent                            trains what it compares, prints a table
     python tests/claims.py tangent-images --data CIFAR10 --features FEATURES.pt
 
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import eval as evaluation
 import kit
+import losses
 import multistep_cm
 from kit.process import end_at_sigterm
 
@@ -277,37 +279,56 @@ TOY = dict(scm=("diffusion", "scd", "sct", "dscd"), cm=("cd", "ct", "ict", "ctcd
 
 
 def toy(_, args):
-    """Every mode of every script on the ring, with equal steps, batch, network and seeds. A run of
-    multistep_cm.py is made for one number of steps, so there is one for each. Writes toy/eval.png."""
-    steps, nfes, root = args.steps or 3000, (1, 2, 4), Path(args.out, "toy")
-    runs = [(script, mode, seed, k) for seed in range(args.seeds) for script in TOY for mode in TOY[script]
-            for k in (nfes if script == "multistep_cm" else (0,))]
+    """Every mode of every script on the ring, at its preset. Students are sampled in 1, 2 and 4 evaluations,
+    diffusion in 35. A run of multistep_cm.py is made for one number of steps, so there is one for each.
+    Writes toy/eval.png, with a panel for each mode, in the fewest evaluations or, of multistep_cm.py, the
+    preset's. E, the shares of the ring's modes (lowest-highest) and the seconds are those of the panels."""
+    def nfes(script, mode):
+        return (35,) if mode == "diffusion" else (1, 2, 4)
+
+    def shown(script, mode):
+        return multistep_cm.Config.student_steps if script == "multistep_cm" else nfes(script, mode)[0]
 
     def train(run):
         script, mode, seed, k = run
-        extra = dict(multistep_cm=f" --student_steps {k}", sct=f" --stage_steps {max(1, steps // 20)}")
-        return train_once(f"{script}.py --mode {mode} --steps {steps} --batch 256 --seed {seed}"
-                          + extra.get(script, ""), f"{root}/{script}-{mode}{f'-{k}' if k else ''}-{seed}")
+        command = f"{script}.py --mode {mode} --seed {seed}" + (f" --student_steps {k}" if k else "")
+        if args.steps:
+            stage = f" --stage_steps {max(1, args.steps // 20)}" if script == "sct" else ""
+            command += f" --steps {args.steps}{stage}"
+        return train_once(command, f"{root}/{script}-{mode}{f'-{k}' if k else ''}-{seed}")
+    root = Path(args.out, "toy")
+    runs = [(script, mode, seed, k) for seed in range(args.seeds) for script in TOY for mode in TOY[script]
+            for k in (nfes(script, mode) if script == "multistep_cm" else (0,))]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         outs = list(tqdm(pool.map(train, runs), total=len(runs), desc="toy", disable=None))
     found, sheet = {}, {}
     for (script, mode, _, k), out in tqdm(zip(runs, outs), total=len(runs), desc="sample", disable=None):
-        own = evaluation.evaluate(out, (k,) if k else nfes, args.eval, args.tools, "cpu")
+        own = evaluation.evaluate(out, (k,) if k else nfes(script, mode), args.eval, args.tools, "cpu")
         for (_, nfe), (row, picture) in own.items():
             found.setdefault((script, mode), []).append(row)
-            sheet.setdefault(f"{script} {mode}, {nfe} NFE", picture)  # that of the first seed
-    fastest = min(row["seconds"] for row in found["scm", "diffusion"])
+            if nfe == shown(script, mode):
+                sheet.setdefault(f"{script}.py {mode}, {nfe} NFE", picture)  # that of the first seed
     rows = []
     for (script, mode), mine in found.items():
-        line = {f"energy distance, {nfe} NFE": spread([row["energy_distance"] for row in mine
-                                                       if row["nfe"] == nfe], 5) for nfe in nfes}
-        line["E"] = spread([row["ode_error"] for row in mine if row["nfe"] == 1], 4)
-        line["cost"] = f"{min(row['seconds'] for row in mine) / max(fastest, 1):.1f}"  # over diffusion's
-        rows.append(dict(method=script, mode=mode) | line)
+        line = dict(method=script, mode=mode)
+        for nfe in (1, 2, 4, 35):
+            values = [row["energy_distance"] for row in mine if row["nfe"] == nfe]
+            line[f"energy distance, {nfe} NFE"] = spread(values, 5) if values else ""
+        mine = [row for row in mine if row["nfe"] == shown(script, mode)]
+        shares = sum((row["mode_shares"] for row in mine), [])
+        rows.append(line | {"E": spread([row["ode_error"] for row in mine], 4),
+                            "modes": f"{min(shares):.3f}-{max(shares):.3f}",
+                            "seconds": min(row["seconds"] for row in mine)})
     floor = max(row.get("exact_ode", 0) for mine in found.values() for row in mine)  # the same in all rows
     rows.append({"method": "exact ODE", "energy distance, 1 NFE": f"{floor:.5f}"})
     print(evaluation.table(rows), flush=True)
-    kit.panels(sheet, root / "eval.png", 6)
+    kit.panels(sheet, root / "eval.png", 4)
+
+
+def figure(_, args):
+    """What the loss of each method compares, of which no paper claims anything."""
+    losses.draw(f"{args.out}/losses.png")
+    print(f"wrote {args.out}/losses.png")
 
 
 def samplers(_, args):
@@ -406,8 +427,8 @@ def main(argv=None):
     if min(args.seeds, args.jobs, args.samples - 1) < 1:
         kit.fail("--seeds and --jobs must be at least 1, --samples at least 2")
     for name in args.names:
-        if name not in (*CLAIMS, "toy"):
-            kit.fail(f"unknown claim {name!r}; the claims are toy, {', '.join(CLAIMS)}")
+        if name not in (*CLAIMS, "toy", "figure"):
+            kit.fail(f"unknown claim {name!r}; the claims are toy, figure, {', '.join(CLAIMS)}")
     args.eval = evaluation.parse_args(["x", "--features", args.features, "--samples", str(args.samples)])
     args.tools = evaluation.make_tools(args.eval, torch.device("cpu"))
     with kit.reading(f"--out {args.out} is no folder to write to"):
@@ -415,7 +436,7 @@ def main(argv=None):
     end_at_sigterm()
     try:
         for name in args.names:
-            dict(toy=toy, samplers=samplers).get(name, run)(name, args)
+            dict(toy=toy, figure=figure, samplers=samplers).get(name, run)(name, args)
     except (KeyboardInterrupt, SystemExit):
         for child in CHILDREN:  # they save their step and end
             child.terminate()

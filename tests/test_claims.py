@@ -1,5 +1,6 @@
 """tests/claims.py: its commands are what the scripts take, and a claim runs to its table and chart."""
 import kit
+from conftest import SCRIPTS
 
 import shutil
 from pathlib import Path
@@ -47,10 +48,25 @@ def test_a_claim_ends_in_a_table(name, rows, columns, monkeypatch, capsys):
 
 
 def test_the_toy_table(monkeypatch, capsys):
-    """A row a mode with a range for each number of steps, that of the exact ODE last; and the picture."""
+    """A row a mode, that of the exact ODE last, with a range for E and for each number of steps: 1, 2 and 4
+    of students, 35 of diffusion. And the picture, with a panel a mode."""
     monkeypatch.setattr(claims, "train_once", main_of)
     monkeypatch.setattr(claims, "TOY", dict(scm=("diffusion", "scd"), multistep_cm=("ct",)))
+    drawn = []
+    panels = kit.panels
+    monkeypatch.setattr(kit, "panels", lambda columns, *rest: panels(columns, *rest) or drawn.extend(columns))
     claims.main(["toy", "--seeds", "1", "--steps", "2", "--samples", "50", "--out", "claims"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == ["scm", "scm", "multistep_cm", "exact ODE"]
-    assert all(line.count("(") == 4 for line in lines[2:5]) and Path("claims/toy/eval.png").exists()
+    assert [line.count("(") for line in lines[2:5]] == [2, 4, 4] and Path("claims/toy/eval.png").exists()
+    assert drawn == ["scm.py diffusion, 35 NFE", "scm.py scd, 1 NFE", "multistep_cm.py ct, 4 NFE"]
+
+
+def test_the_figure_of_the_losses(capsys):
+    """`figure` draws a panel for each script, from the script's own functions, into --out."""
+    pytest.importorskip("matplotlib")
+    claims.main(["figure", "--out", "claims"])
+    assert {panel.__name__.rsplit("_", 1)[0] for panel in claims.losses.PANELS[1:]} == \
+        {name.removesuffix("_cm") for name in SCRIPTS}
+    assert 50_000 < Path("claims/losses.png").stat().st_size < 300_000
+    assert "losses.png" in capsys.readouterr().out

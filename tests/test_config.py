@@ -21,7 +21,7 @@ TINY = ["--channels", 16, "--blocks", 1, "--batch", 8, "--steps", 4, "--out", "r
 # What a resume may change, because the result does not depend on it (--micro changes dropout alone), and what
 # belongs to one call, in every script.
 FREE = {"out", "steps", "data", "teacher", "keep_every", "log_every", "save_every", "sample_every", "micro",
-        "compile", "checkpointing"}
+        "compile", "checkpointing", "gif"}
 CALL = {"export", "resume", "overwrite", "dry_run", "sample", "nfe", "label", "prompt", "save"}
 PAPER = {  # sCM, App. G: dataset, mode, size -> what the paper's tables say
     ("imagenet64", "diffusion", "S"): dict(lr=1e-2, P_mean=-0.8, P_std=1.6, ema_sigma_rel=0.075, dropout=0.0),

@@ -10,6 +10,7 @@ import functools
 import math
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -260,7 +261,12 @@ def test_only_pd_has_a_target_of_its_own(train):
 
 
 def test_figure():
-    """One flag draws the paths of 1, 2 and 4 steps and of the ODE in 1-D."""
+    """One flag draws the paths of 1, 2 and 4 steps and of the ODE in 1-D, coloured by where they end: half of
+    the ODE's end in the mode above, half in the one below."""
     mcm.main(["--figure", *map(str, TOY), "--steps", "2"])
-    picture = Image.open("out/multistep_cm-gmm1d-cd/paths.png")
-    assert picture.width > 900 and len(picture.getcolors(10**6)) > 20
+    picture = np.asarray(Image.open("out/multistep_cm-gmm1d-cd/paths.png"), dtype=int)
+    ode = picture[-360:, -(480 + 4):-4]
+    blue = ode[:, :, 2] - ode[:, :, 0] > 100
+    orange = ode[:, :, 0] - ode[:, :, 2] > 100
+    assert orange[:180].sum() > 4000 > 50 > orange[184:].sum()
+    assert blue[180:].sum() > 4000 > 50 > blue[:176].sum()
