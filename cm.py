@@ -50,8 +50,10 @@ class Config(kit.Config):
     intervals: int = kit.flag(1280, least=1)  # ct, ict: s1, intervals of the grid at the end of training
     intervals_start: int = kit.flag(10, least=1)  # s0: points (ct) or intervals (ict) at the start
     mu: float = kit.flag(0.0, most=1)  # decay of the target's average, of ct at first; 0 is the live network
+    mu_steps: int = 0  # ct: length of the run that mu is for; another forgets in proportion; 0 is any
     solver: Literal["heun", "euler", "ddim"] = "heun"  # of cd; euler and ddim are the same here
     metric: Literal["l1", "l2", "huber", "lpips", "lpips_avg"] = "l2"  # distance d; lpips_avg pools by means
+    weighting: Literal["one", "gap", "inverse"] = "one"  # lambda: 1, 1 / (t - s) as ict always, 1 / t
     uncertainty: bool = False  # diffusion: learn the loss's weight at each t, as EDM2 does
     sigmas: tuple = kit.flag((80.0, 0.8), implies=lambda v: dict(nfe=len(v)))  # levels of the sampler
     search: bool = kit.opens(False)  # find noise levels for --nfe steps of the run in --out, and print them
@@ -76,6 +78,8 @@ class Config(kit.Config):
             kit.fail("--intervals must be at least --intervals_start")
         if not self.sigmas or not all(a > b >= 0.002 for a, b in zip((1e6, *self.sigmas), self.sigmas)):
             kit.fail("--sigmas must be noise levels that fall, none below 0.002, such as 80,1.4")
+        if self.weighting == "gap" and self.mode in ("ctcd", "ctct"):
+            kit.fail(f"--weighting gap is for pairs of times, and --mode {self.mode} has none")
         if self.metric.startswith("lpips") and self.dataset == "gmm":
             kit.fail("--metric lpips compares images, and --dataset gmm has points")
         if self.mode == "diffusion" and self.search:
@@ -89,16 +93,23 @@ class Config(kit.Config):
 
 
 # ------------------------------------------------------------------------------------------------- PRESETS
-CT = dict(init="none", mu=0.9, intervals_start=2, intervals=150)
+CT = dict(init="none", mu=0.9, mu_steps=800_000, intervals_start=2, intervals=150)
 ICT = dict(init="none", intervals_start=10, intervals=1280, metric="huber", sigmas=(80.0, 0.821))
 PRESETS = {
-    "gmm": dict(steps=6000, points=40, c_noise="log", emb_scale=8.0),
-    "gmm --mode cd": dict(mu=0.9),  # with the live network as the target, samples spread along the ring
+    "gmm": dict(steps=3000, points=40),
+    # DEPARTS: paper lambda = 1, and the squared distance or LPIPS; here 1 / (t - s) or 1 / t and, for targets
+    # with noise, pseudo-Huber, because lambda = 1 leaves the small t so little that the modes stay blurred.
+    # At lambda = 1 and with the live network as cd's target, samples spread along the ring; hence mu. Where
+    # targets have noise, a faster embedding of t lets f jump from mode to mode.
+    "gmm --mode cd": dict(mu=0.9, weighting="gap"),
+    "gmm --mode ct": CT | dict(weighting="gap", metric="huber", emb_scale=4.0),
+    "gmm --mode ict": ICT | dict(steps=4000, emb_scale=4.0),
+    "gmm --mode ctct": dict(steps=5000, weighting="inverse", emb_scale=4.0),
     "shapes": {},
     "folder": {},
     "folder --mode cd": dict(lr=5e-4),  # two steps are better than with 2e-3
-    **{f"{dataset} --mode ct": CT for dataset in ("gmm", "shapes", "folder")},
-    **{f"{dataset} --mode ict": ICT for dataset in ("gmm", "shapes", "folder")},
+    **{f"{dataset} --mode ct": CT for dataset in ("shapes", "folder")},
+    **{f"{dataset} --mode ict": ICT for dataset in ("shapes", "folder")},
     # FID of 1 / 2 steps: cd (lpips) 3.55 / 2.93, ct 8.70 / 5.83, ict 2.83 / 2.46
     # DEPARTS: paper NCSN++ for all; here DDPM++
     "cifar10": dict(batch=512, steps=800_000, lr=4e-4, beta2=0.999, ema_halflife=3.5e6, metric="lpips",
@@ -116,8 +127,8 @@ PRESETS = {
     # DEPARTS: paper trains these two on CIFAR-10 alone; here its learning rate stands for want of another
     "imagenet64 --mode ctcd": dict(mu=0.0, lr=5e-6, metric="l2"),
     "imagenet64 --mode ctct": dict(mu=0.0, lr=5e-6, metric="l2"),
-    "imagenet64 --mode ct": dict(init="none", steps=800_000, lr=1e-4, intervals_start=2, intervals=200,
-                                 sigmas=(80.0, 1.913)),
+    "imagenet64 --mode ct": dict(init="none", steps=800_000, mu_steps=800_000, lr=1e-4, intervals_start=2,
+                                 intervals=200, sigmas=(80.0, 1.913)),
     "imagenet64 --mode ict": ICT | dict(batch=4096, steps=800_000, lr=1e-4, mu=0.0, dropout=0.2,
                                         ema_halflife=9.5e7, sigmas=(80.0, 1.526)),
 }
@@ -136,10 +147,12 @@ def grid_points(step, cfg):
 
 
 def target_decay(step, cfg):
-    """mu(k), decay of the target's average at step k; 0 is the live network. Of ct it approaches 1."""
+    """mu(k), decay of the target's average at step k; 0 is the live network. Of ct it approaches 1. In a run
+    of another length than --mu_steps, the average remembers the same share of the run."""
     # DEPARTS: paper exp(s0 log(mu0) / N(k)); here N(k) - 1, as in OpenAI's code, which made its results
     if cfg.mode == "ct" and cfg.mu:
-        return math.exp(cfg.intervals_start * math.log(cfg.mu) / (grid_points(step, cfg) - 1))
+        mu = math.exp(cfg.intervals_start * math.log(cfg.mu) / (grid_points(step, cfg) - 1))
+        return mu ** (cfg.mu_steps / cfg.steps if cfg.mu_steps else 1)
     return cfg.mu
 
 
@@ -245,8 +258,10 @@ def diffusion(net, target, teacher, x0, y, step, cfg, gen):
     return (w.exp() * weight * mse - w).mean(), {}
 
 
-def consistency(net, target, x_t, t, x_s, s, y, cfg, gen, weight=1.0):
+def consistency(net, target, x_t, t, x_s, s, y, cfg, gen):
     """The weighted distance of f at t from f^- at s, with the same dropout masks."""
+    weighting = "gap" if cfg.mode == "ict" else cfg.weighting
+    weight = {"one": torch.ones_like(t), "gap": 1 / (t - s), "inverse": 1 / t}[weighting]
     gen.same_dropout()
     prediction = f(net, x_t, t, y, cfg)
     gen.same_dropout()
@@ -262,7 +277,8 @@ def tangent_loss(net, target, x_t, t, clean, y, cfg, gen):
     _, df = common.jvp(lambda x, t: f(target, x, t, y, cfg), (x_t, t),
                        ((x_t - clean) / like(t, x_t), torch.ones_like(t)))
     gen.same_dropout()
-    loss = (f(net, x_t, t, y, cfg) * df).flatten(1).sum(1).mean()
+    weight = 1 / t if cfg.weighting == "inverse" else 1.0
+    loss = (weight * (f(net, x_t, t, y, cfg) * df).flatten(1).sum(1)).mean()
     return loss, dict(tangent_rms=df.square().mean().sqrt())
 
 
@@ -274,19 +290,18 @@ def cd(net, target, teacher, x0, y, step, cfg, gen):
     return consistency(net, target, x_t, t, x_s, s, y, cfg, gen)
 
 
-def ct(net, target, teacher, x0, y, step, cfg, gen, weighted=False):
+def ct(net, target, teacher, x0, y, step, cfg, gen):
     """Consistency training: x_t and x_s share the noise."""
     t, s = times(gen, step, cfg)
     x_t, z = noisy(x0, t, gen, cfg)
     x_s = x0 + like(s, x0) * z
-    weight = 1 / (t - s) if weighted else 1.0
-    loss, info = consistency(net, target, x_t, t, x_s, s, y, cfg, gen, weight)
+    loss, info = consistency(net, target, x_t, t, x_s, s, y, cfg, gen)
     return loss, info | dict(points=grid_points(step, cfg))
 
 
 def ict(*inputs):
     """Improved consistency training: ct with the weight 1 / (t - s), on a grid and at times of its own."""
-    return ct(*inputs, weighted=True)
+    return ct(*inputs)
 
 
 def ctcd(net, target, teacher, x0, y, step, cfg, gen):

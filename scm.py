@@ -11,7 +11,7 @@ vsd               e^w / D || sigma_d (F - F^-)(z) - (F_teacher - F_fake)(x_t) ||
 
 F^- is F under stop-gradient. dx_t/dt comes from the teacher (scd) or is v_t, which is right on average (sct).
 One JVP gives dF/dt. In vsd, F_fake is a diffusion model of the student's own one-step samples, and x_t is
-such a sample, noised. scd+vsd adds the two losses.
+such a sample, noised. scd+vsd adds the two losses. Both go on from a finished scd student.
 
 The paper also lists FIDs of sCD in 2 to 16 segments. It says neither where these begin nor what the loss at
 their ends is, so they are absent here; multistep_cm.py has them in discrete time.
@@ -20,6 +20,7 @@ Differs from cm.py by: 1) TrigFlow instead of EDM's process; 2) a tangent instea
 3) a square loss with a learned weight; 4) a network (see kit/networks.py) whose derivative in t is bounded.
 
     python scm.py                                               toy: 8 Gaussians, exact teacher
+    python scm.py --mode scd+vsd                                adds vsd to the student of the line above
     python scm.py --dataset folder --data PATH --image_size 16 --mode diffusion
     python scm.py --dataset folder --data PATH                  distills the teacher of the line above
     python scm.py --sample 64 --nfe 2 --dataset folder
@@ -53,6 +54,10 @@ class Config(kit.Config):
     guidance_max: float = 1.0  # distillation: train for all strengths of guidance from 1 to this; 1 is off
     guidance: float = 1.0  # strength of guidance in sampling; 1 is off
     intervals: int = kit.flag(1024, least=1)  # dscd: N, intervals of EDM's grid
+    fake_first: int = 0  # vsd: steps at the start in which the fake score learns alone; 0 is off
+
+    def begins_from(self):
+        return "scd" if "vsd" in self.mode else ""  # App. C adds vsd to a trained scd
 
     def distills(self):
         return self.mode in ("scd", "dscd", "vsd", "scd+vsd")
@@ -85,8 +90,12 @@ SCM_NET = dict(c_noise="t", emb="positional", double_norm=True, norm_shift=False
 PRESETS = {
     # DEPARTS: paper adaptive weighting; here none, because an exact teacher's residual vanishes as t -> 0.
     # The best e^w, its inverse, has no bound there and drowns the large t.
-    "gmm": dict(steps=5000, batch=512, warmup=500, P_std=1.8, weighting="none"),
+    "gmm": dict(steps=4000, warmup=400, P_std=1.8, weighting="none"),
     **{f"gmm --mode {mode}": dict(lr=3e-3, lr_cooldown=0.8) for mode in ("scd", "dscd")},
+    # DEPARTS: paper's fake score starts as the teacher; the exact one is no network, so here the fake score
+    # starts from random weights, and learns alone at first.
+    **{f"gmm --mode {mode}": dict(steps=1500, warmup=0, lr=1e-3, fake_first=1000)
+       for mode in ("vsd", "scd+vsd")},
     "shapes": dict(warmup=200),
     "folder": dict(warmup=200),
     # With 2e-3, shapes get noisier the longer it trains, and two steps on photographs are worse.
@@ -103,7 +112,7 @@ PRESETS = {
     "imagenet512": dict(SCM_NET, steps=200_000, lr_ref=70_000, P_mean=-0.8, P_std=1.6, guidance_max=2.0),
     "imagenet512 --mode diffusion": dict(label_dropout=0.1, guidance_max=1.0),
     "imagenet512 --mode sct": dict(steps=100_000, guidance_max=1.0),
-    "imagenet512 --mode scd+vsd": dict(steps=20_000, warmup=0),  # on top of scd: --init RUN
+    "imagenet512 --mode scd+vsd": dict(steps=20_000, warmup=0),
 }
 for name, sizes in kit.EDM2_TEACHERS.items():  # a hundredth of the teachers' learning rates
     PRESETS |= {f"{name} --size {size}": dict(lr=lr / 100) for size, (lr, *_) in sizes.items()}
@@ -284,6 +293,7 @@ def vsd(net, target, teacher, x0, y, step, cfg, gen):
     fake.train()
     w = target.extra["vsd_head"](t) if cfg.weighting == "adaptive" else 0 * t
     loss, info = adaptive(cfg.sigma_d * (F - F.detach()) - gap, w)
+    loss = loss * (step >= cfg.fake_first)
     t = times(gen, step, replace(cfg, **FAKE))
     x_t, z = noisy(x, t, gen, cfg)
     F_fake, w = fake(x_t / cfg.sigma_d, t, y, guidance, return_w=True)
@@ -329,7 +339,6 @@ def student(cfg, data, device):
     options = dict(guidance=cfg.guidance_max > 1)
     net = kit.network(cfg, data, device, head=head and cfg.mode != "vsd", **options)
     if "vsd" in cfg.mode:
-        # DEPARTS: an exact teacher is no network, so on the toy the fake score starts from random weights
         fake = net.extra["fake"] = kit.network(replace(cfg, init=""), data, device, head=head, **options)
         if head:
             net.extra["vsd_head"] = copy.deepcopy(fake.head)

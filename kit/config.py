@@ -116,6 +116,10 @@ class Config:
         """Whether training guides the teacher, which must then predict without label, too."""
         return False
 
+    def begins_from(self):
+        """The mode whose finished run this mode goes on from, without --init; "" if it does not need one."""
+        return ""
+
     def inference(self):
         """What diffusers needs beside a text-to-image run's adapters: scheduler, timesteps, guidance."""
         return {}
@@ -146,7 +150,7 @@ EDM2_NET = dict(channels=192, channel_mult=(1, 2, 3, 4), blocks=3, attention=(16
 # The learning rate rises over 10 million images. Scripts with --uncertainty learn the loss's weight.
 EDM2_RECIPE = dict(batch=2048, optimizer="adam", beta2=0.99, lr_warmup=4883, dtype="fp16", uncertainty=True)
 PRESETS = {  # by dataset: its toy defaults, its network, its teachers; a script takes the fields that it has
-    "gmm": dict(teacher="exact", lr=2e-3, lr_cooldown=0.7, channels=128, blocks=4),
+    "gmm": dict(teacher="exact", lr=2e-3, lr_cooldown=0.7, channels=128, blocks=6),
     "shapes": dict(image_size=16, conditional=True, channels=32, blocks=1, steps=1000, batch=64, lr=2e-3,
                    lr_cooldown=0.5),
     "shapes --mode diffusion": dict(steps=2000, lr=1e-2, lr_warmup=100, P_mean=-1.2, P_std=1.2),
@@ -208,8 +212,7 @@ def parse_args(Config, presets, modes, argv=None):
         flags = fields[name].metadata.get("implies", lambda value: {})(flags[name]) | flags
     name = flags.get("dataset", Config.dataset)
     names = name, flags.get("mode", preset(presets, name).get("mode", Config.mode))
-    usual = f"out/{script}" if names == (Config.dataset, Config.mode) else f"out/{script}-{'-'.join(names)}"
-    flags["out"] = flags.get("out") or usual
+    flags["out"] = flags.get("out") or usual_out(Config, script, *names)
     several = modes.get(names[1], True) is None and any(Path(flags["out"]).glob("*/ckpt.pt"))  # runs in one
     if flags.get("resume") == "auto":
         flags["resume"] = several or Path(flags["out"], "ckpt.pt").exists()
@@ -226,6 +229,7 @@ def parse_args(Config, presets, modes, argv=None):
     values = preset(presets, **choice)
     if not stored:
         values |= usual_teacher(script, make_config(Config, values | flags))
+        values |= usual_init(Config, script, make_config(Config, values | flags))
     source = init_path(values | flags)
     if source and not stored:
         known = read_checkpoint(source)
@@ -264,6 +268,28 @@ def foreign_values(Config, ckpt):
     if ckpt.get("foreign") and ckpt["config"]["mode"] == "diffusion":  # of scripts that have this mode
         return dict(dataset="imagenet512" if ckpt["config"].get("space") else "folder")
     return Config.foreign.get(ckpt["script"], {})
+
+
+def usual_out(Config, script, dataset, mode):
+    """The folder of a run without --out."""
+    short = (dataset, mode) == (Config.dataset, Config.mode)
+    return f"out/{script}" if short else f"out/{script}-{dataset}-{mode}"
+
+
+def usual_init(Config, script, cfg):
+    """What a mode that goes on from another mode's run starts from, if no flag names it: that mode's usual
+    folder."""
+    mode = cfg.begins_from()
+    if not mode or cfg.init:
+        return {}
+    folder = usual_out(Config, script, cfg.dataset, mode)
+    if not Path(folder, "ckpt.pt").exists():
+        flags = "" if folder == f"out/{script}" else f" --dataset {cfg.dataset} --mode {mode}"
+        fail(f"--mode {cfg.mode} goes on from a run of --mode {mode}, and there is none in {folder}: make it "
+             f"with python {script}.py{flags}, or give --init RUN, or none to start anew")
+    if RANK == 0 and not cfg.dry_run:
+        print(f"--init {folder}, as none was given")
+    return dict(init=folder)
 
 
 def usual_teacher(script, cfg):

@@ -62,30 +62,32 @@ class DDPMppEmbedding(nn.Module):
 
 class MLP(nn.Module):
     """Residual MLP for points: F (B, D) = net(x (B, D), t (B,), y (B,)). As with UNet, guidance (B,) is the
-    strength of guidance to imitate, and with return_w, F comes with the weighting head's w(t) (B,)."""
+    strength of guidance to imitate, and with return_w, F comes with the weighting head's w(t) (B,).
 
-    def __init__(self, shape, classes=0, channels=128, blocks=4, sigma_d=0.5, emb="positional",
+    A block adds silu(norm(W h) scale(t) + shift(t)) to h. The scales and shifts of all blocks are one linear
+    layer of a narrow embedding; from one as wide as h they would cost as much as all the rest."""
+
+    def __init__(self, shape, classes=0, channels=128, blocks=6, sigma_d=0.5, emb="positional",
                  emb_scale=1.0, c_noise="t", double_norm=True, norm_shift=True, guidance=False, head=True,
                  **of_images):
         super().__init__()
-        self.embedding = EDM2Embedding(channels, 64, classes, sigma_d, emb, emb_scale, c_noise, guidance)
+        self.embedding = EDM2Embedding(32, 64, classes, sigma_d, emb, emb_scale, c_noise, guidance)
         self.head = WeightHead(sigma_d) if head else None
         self.double_norm, self.norm_shift, self.blocks = double_norm, norm_shift, blocks
         self.first, self.last = Linear(shape[0], channels), Linear(channels, shape[0])
         self.inner = nn.ModuleList(Linear(channels, channels) for _ in range(blocks))
-        self.modulate = Linear(channels, (1 + norm_shift) * blocks * channels)
-        self.outer = nn.ModuleList(Linear(channels, channels) for _ in range(blocks))
+        self.modulate = Linear(32, (1 + norm_shift) * blocks * channels)
 
     def forward(self, x, t, y=None, guidance=None, return_w=False):
         emb = self.embedding(t, y, guidance)
         h = self.first(x.to(emb.dtype))
-        # scales, and then shifts, (B, channels) each
-        parts = self.modulate(emb).chunk((1 + self.norm_shift) * self.blocks, 1)
-        for i, (inner, outer) in enumerate(zip(self.inner, self.outer)):
-            scale = pnorm(parts[i]) if self.double_norm else 1 + parts[i]
+        # The scales of all blocks, and then their shifts, (B, channels) each.
+        parts = self.modulate(emb).unflatten(1, ((1 + self.norm_shift) * self.blocks, -1))
+        parts = (pnorm(parts, dim=2) if self.double_norm else parts).unbind(1)
+        for i, inner in enumerate(self.inner):
+            scale = parts[i] if self.double_norm else 1 + parts[i]
             shift = parts[i + self.blocks] if self.norm_shift else 0
-            shift = pnorm(shift) if self.double_norm and self.norm_shift else shift
-            h = h + outer(silu(product(pnorm(inner(h)), scale) + shift))
+            h = h + silu(product(pnorm(inner(h)), scale) + shift)
         F = self.last(h)
         return (F, self.head(t) if self.head else F.new_zeros(len(t))) if return_w else F
 

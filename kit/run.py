@@ -270,6 +270,10 @@ class Run:
     def begin(self, state, data, teacher):
         """The step to begin with: 0, or of --resume that of the checkpoint, from which all of `state` is
         loaded. `data` and `teacher` must then be those of before, by content, wherever they are now."""
+        if len(data.shape) == 1:
+            # Points: a second thread gains little on matrices this small. Beside other busy programs, waiting
+            # for it makes a step up to ten times slower. And the number of cores changes no weights.
+            torch.set_num_threads(1)
         self.state, self.data = state, data
         self.made_from = dict(classes=getattr(data, "names", []), data=getattr(data, "fingerprint", ""),
                               teacher=digest(teacher))

@@ -59,7 +59,7 @@ def grid(command, **choices):
 SCM = "scm.py --steps 1000 --warmup 0 --batch 256 --lr 2e-3 --lr_cooldown 0.7"
 SCT = "sct.py --steps 1200 --stage_steps 60"
 MULTISTEP = "multistep_cm.py --dataset gmm64"
-DIRECT = "direct_cm.py --lr_cooldown 0 --ema_sigma_rel 0 --ema_halflife 0 --batch 128"
+DIRECT = "direct_cm.py --weighting one --lr_cooldown 0 --ema_sigma_rel 0 --ema_halflife 0 --batch 128"
 DIRECT_TOY = f"{DIRECT} --lr 1e-4 --teacher {{first}} --steps 50"
 DIFFUSION = "scm.py --mode diffusion --steps 3000"
 GUIDED = f"{DIFFUSION} --conditional true --label_dropout 0.1"
@@ -110,7 +110,9 @@ CLAIMS = {
                   "half-life 5e5": "--ema_sigma_rel 0"}), first=DIFFUSION),
     "ict": Claim(
         "iCT: CT is right only if its target has no average",
-        grid("cm.py --mode ct --steps 2000", mu={"average, mu = 0.9": "--mu 0.9", "live": "--mu 0"})),
+        grid("cm.py --mode ct --steps 1000", target={
+            "average over the paper's share of the run": "", "the paper's mu(k) itself": "--mu_steps 0",
+            "live": "--mu 0"})),
     "targets": Claim(
         'SCT, Fig. 4 (gap t / 256, all 50,000 images): "the 1-step FID dropping from 5.61 to 4.56"',
         grid(f"{FIXED_GAP} --steps 1000 --init {{first}}",

@@ -1,4 +1,5 @@
 """direct_cm.py: SDXL's schedule, solvers, hops, the boundary, and the two students."""
+import common
 import conftest
 import direct_cm
 import eval as evaluation
@@ -54,6 +55,18 @@ def test_boundary():
     t = torch.full((4,), 10)
     x_0, _ = direct_cm.predict(net, z, t, None, cfg)
     assert torch.allclose(direct_cm.f(net, z, t, None, cfg), x_0, atol=1e-4)
+
+
+def test_snr_weight_compares_the_networks_outputs(nets):
+    """x_0 = cos(t) x_t - sin(t) sigma_d F, so with the weight 1 + SNR the square loss of Direct CM is that of
+    F, times sigma_d^2, at every label."""
+    net, z, cfg = nets(head=False)[0], torch.randn(4, 2).double(), config(weighting="snr")
+    t = torch.tensor([10, 200, 600, 1000])
+    x_t, angle = common.to_trigflow(z, *direct_cm.alpha_sigma(t), cfg.sigma_d)
+    F, goal = net(x_t / cfg.sigma_d, angle), torch.randn(4, 2).double()
+    z_0 = common.like(angle.cos(), x_t) * x_t - common.like(angle.sin(), x_t) * cfg.sigma_d * goal
+    loss, _ = direct_cm.consistency(net, net, z, t, z_0, torch.zeros_like(t), None, cfg, draw(4))
+    assert torch.allclose(loss, cfg.sigma_d**2 * (F - goal).square().mean(), rtol=1e-3)
 
 
 def test_direct_target_is_a_plain_solve(ring):

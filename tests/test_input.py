@@ -187,6 +187,7 @@ CASES = [  # script, words, what the line says
     (scm, ["--dataset", "imagenet512", "--mode", "sct", "--data", "noimages", "--vae", "file"], "--vae"),
     (scm, ["--sample", "4", "--out", "nowhere"], "no checkpoint"),
     (scm, ["--resume", "--out", "nowhere"], "no checkpoint"),
+    (cm, ["--mode", "ctct", "--weighting", "gap"], "pairs of times"),
     (scm, ["--teacher", "nowhere"], "no checkpoint"), (scm, ["--teacher", LONG], LONG[:50]),
     (scm, ["--out", LONG], LONG[:50]), (scm, ["--sample", "4", "--out", "run", "--label", "3"], "0..2"),
     (scm, ["--out", "file"], "file"), (scm, ["--out", "toy"], "holds a run already"),

@@ -80,10 +80,10 @@ def test_dry_run_allocates_nothing_and_checks(folder, capsys):
 
 def test_flops_of_a_linear_layer(capsys):
     """2 x inputs x outputs for the MLP's matrices, by hand."""
-    scm.main(["--dry_run", "--channels", "32", "--blocks", "1"])
-    n = 32
-    by_hand = 2 * sum(dict(first=2 * n, modulate=2 * n * n, inner=n * n, outer=n * n, last=2 * n,
-                           time=64 * n, head=128).values())
+    scm.main(["--dry_run", "--channels", "48", "--blocks", "1"])
+    n = 48
+    by_hand = 2 * sum(dict(first=2 * n, modulate=32 * 2 * n, inner=n * n, last=2 * n, time=64 * 32,
+                           head=128).values())
     printed = float(capsys.readouterr().out.split("parameters; ")[1].split(" GFLOP")[0])
     assert printed * 1e9 == pytest.approx(by_hand, rel=0.1)
 
@@ -167,12 +167,13 @@ def base(tmp_path_factory):
     "multistep_cm pd --student_steps 2 --pd_start 4",
     "sct diffusion", "sct ect", "sct sct", "sct sct --reference dataset", "sct sct --phases 2",
     "scm diffusion --dtype bf16", "scm sct --dtype bf16", "scm scd --dtype bf16 --guidance_max 2",
-    "scm dscd --dtype bf16 --guidance_max 2", "scm vsd --dtype fp16 --guidance_max 2",
-    "scm scd+vsd --dtype bf16"])
+    "scm dscd --dtype bf16 --guidance_max 2",
+    "scm vsd --init run --dtype fp16 --guidance_max 2", "scm scd+vsd --init run --dtype bf16"])
 def test_every_mode_trains_on_images(words, train, base):
     """From a short diffusion run, with labels and dropout: finite losses, weights that change, an average
     that trails them. sct.py logs over how many samples its target averages."""
     (script, mode, *flags), (pictures, teacher) = words.split(), base
+    flags = [str(teacher) if word == "run" else word for word in flags]
     start = kit.read_checkpoint(teacher)["ema"]
     ckpt = train("--dataset", "folder", "--data", pictures, "--batch", 8, "--steps", 4, "--log_every", 1,
                  "--teacher", teacher, "--dropout", 0.1, "--mode", mode, *flags, "--out", "run",
@@ -205,9 +206,16 @@ def test_resume_after_kill_is_bit_exact(train):
     assert [line["loss"] for line in log("broken")] == [line["loss"] for line in log("whole")]
 
 
+def test_points_train_on_one_thread(train):
+    """However many there were before, so that the same seed gives the same weights."""
+    torch.set_num_threads(2)
+    train(*TOY, "--steps", 1, "--out", "run")
+    assert torch.get_num_threads() == 1
+
+
 @pytest.mark.parametrize("words, average", [
     ("cm cd", True), ("cm cd --mu 0", False), ("sct sct --stage_steps 2", False),
-    ("direct_cm direct", False), ("scm scd+vsd", False)])
+    ("direct_cm direct", False), ("scm scd+vsd --init none --fake_first 2", False)])
 def test_resume_is_bit_exact_in_every_script(words, average, train):
     """Stopped and resumed, all that a checkpoint holds is the unbroken run's: also cm.py's average of mu > 0
     and sct.py's at half of training, which are no copies of the network. (pd: test_multistep_cm.py.)"""
@@ -232,11 +240,11 @@ def test_resume_is_bit_exact_in_every_script(words, average, train):
     assert not weak or not all(torch.equal(v, whole["ema"][name[11:]]) for name, v in weak.items())
 
 
-@pytest.mark.parametrize("mode", ["sct", "scd+vsd"])
+@pytest.mark.parametrize("mode", ["sct", "scd+vsd --init none --fake_first 2"])
 def test_two_processes_and_micro_batches_are_one_run(mode, train, capsys):
     """Two gloo processes, and accumulation, take the steps of one process on the global batch. A resume with
     another number of processes says that it is not bit for bit."""
-    words = [*TOY, "--mode", mode, "--lr_cooldown", "0"]
+    words = [*TOY, "--mode", *mode.split(), "--lr_cooldown", "0"]
     one = train(*words, "--steps", 5, "--out", "one")
     accumulated = train(*words, "--steps", 5, "--micro", 32, "--out", "micro")
     printed = finish(torchrun("scm", *words, "--steps", 5, "--out", "two", "--micro", 32))

@@ -2,7 +2,7 @@
 import common
 import kit
 import scm
-from conftest import draw, preset, toy_net
+from conftest import draw, one_line, preset, toy_net
 
 import dataclasses
 import functools
@@ -245,11 +245,26 @@ def test_each_score_is_trained_by_its_own_loss(ring, monkeypatch):
 
 def test_the_average_knows_no_fake_score(train):
     """A checkpoint holds the fake score and its head with the network, and the average has neither."""
-    ckpt = train("--mode", "vsd", "--weighting", "adaptive", "--steps", 1, "--batch", 8, "--channels", 16,
-                 "--blocks", 1, "--out", "run")
+    ckpt = train("--mode", "vsd", "--init", "none", "--weighting", "adaptive", "--steps", 1, "--batch", 8,
+                 "--channels", 16, "--blocks", 1, "--out", "run")
     held = {name.split(".")[1] for name in ckpt["net"] if name.startswith("extra.")}
     assert held == {"fake", "vsd_head"} and not any(name.startswith("extra.") for name in ckpt["ema"])
     assert not kit.load_net("run").extra
+
+
+def test_vsd_goes_on_from_the_usual_student(train, capsys):
+    """Without --init, from out/scm, which it says; or it says which command makes that. While the fake score
+    learns alone, the student stays what it was."""
+    small = ["--steps", 1, "--batch", 8, "--channels", 16, "--blocks", 1, "--lr_cooldown", 0]
+    line = one_line(capsys, scm.main, "--mode", "vsd", *small)
+    assert "out/scm" in line and "python scm.py," in line
+    before = {k: v for k, v in train(*small)["ema"].items() if k.startswith(("first", "inner", "last"))}
+    capsys.readouterr()
+    alone = train(*small, "--mode", "vsd", "--fake_first", 1)
+    assert "--init out/scm, as none was given" in capsys.readouterr().out
+    assert all(torch.equal(before[name], alone["net"][name]) for name in before)
+    moved = train(*small, "--mode", "vsd", "--fake_first", 0, "--overwrite", "true")
+    assert not all(torch.equal(before[name], moved["net"][name]) for name in before)
 
 
 def test_vsd_stops_where_the_scores_agree(ring):

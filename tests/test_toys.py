@@ -2,9 +2,13 @@
 import common
 import kit
 import scm
+from conftest import SCRIPTS
 
+import json
 import math
+from pathlib import Path
 
+import pytest
 import torch
 
 
@@ -44,3 +48,22 @@ def test_shapes_are_distinct_classes():
     images, labels = kit.toys.draw_shapes(scm.Config(image_size=16), 400)
     red, blue = images[:, 0].mean((1, 2)), images[:, 2].mean((1, 2))
     assert ((red > blue) == (labels < 4)).mean() > 0.95
+
+
+MODES = [(script, mode) for script, module in SCRIPTS.items() for mode in module.LOSSES if mode != "both"]
+
+
+@pytest.mark.parametrize("script, mode", MODES)
+def test_every_mode_learns_the_ring(script, mode, train):
+    """After 200 small steps by the preset the energy distance is below 0.15. An untrained network has 1 to 5.
+    What a mode goes on from, it gets as the README says."""
+    short = ["--steps", 200, "--batch", 64, "--channels", 64, "--blocks", 4]
+    short += dict(scm=["--warmup", 0], sct=["--stage_steps", 10]).get(script, [])
+    short += ["--intervals", 20] * (mode == "direct")
+    if "vsd" in mode:
+        train(*short, script=scm)
+        short += ["--fake_first", 150, "--lr", 3e-4]
+    train(*short, "--mode", mode, "--out", "run", script=SCRIPTS[script])
+    found = json.loads(Path("run/metrics.json").read_text())["energy_distance"]
+    first = next(found[nfe] for nfe in ("1", "4", "35") if nfe in found)
+    assert first < 0.15, found
