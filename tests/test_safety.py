@@ -232,7 +232,7 @@ def test_latents_are_known_by_their_pixels(folder, vae, capsys):
 def test_processes_without_a_common_disk_are_told(folder, monkeypatch, capsys):
     """If rank 0 has found the store whole and this process has not, a line says what to do."""
     cfg = scm.Config(dataset="folder", data=str(folder))
-    monkeypatch.setattr(kit.data, "agreed", lambda value: True)
+    monkeypatch.setattr(kit.store, "agreed", lambda value: True)
     assert "common disk" in one_line(capsys, lambda _: kit.dataset(cfg))
 
 
