@@ -1,6 +1,6 @@
 """CM: consistency models by distillation and from data, discrete and continuous in time; zero-shot editing.
-Song, Dhariwal, Chen & Sutskever, "Consistency Models", 2023; iCT: Song & Dhariwal, "Improved Techniques for
-Training Consistency Models", 2024.
+Song, Dhariwal, Chen & Sutskever, "Consistency Models" (arXiv:2303.01469); iCT: Song & Dhariwal, "Improved
+Techniques for Training Consistency Models" (arXiv:2310.14189).
 
 process           x_t = x_0 + t z,  z ~ N(0, I),  t the noise level in [0.002, 80] (EDM's sigma)
 PF-ODE            dx_t/dt = (x_t - D(x_t, t)) / t,  D the denoiser E[x_0 | x_t]

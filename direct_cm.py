@@ -1,6 +1,6 @@
 """Direct CM: a student that solves the ODE directly, beside a consistency model. Which one samples better?
-Vouitsis et al., "Inconsistencies In Consistency Models: Better ODE Solving Does Not Imply Better Samples",
-2024.
+Vouitsis et al., "Inconsistencies In Consistency Models: Better ODE Solving Does Not Imply Better Samples"
+(arXiv:2411.08954).
 
 process           z_t = alpha_t x_0 + sigma_t eps,  alpha_t^2 = abar[t - 1],  SDXL's schedule of 1000 betas
 labels            t = 1 .. 1000, and 0 for the data: alpha_0 = 1, sigma_0 = 0. diffusers counts 0 .. 999.

@@ -1,5 +1,5 @@
 """Multistep CM: consistency models in segments, between one step and diffusion; the aDDIM teacher.
-Heek, Hoogeboom & Salimans, "Multistep Consistency Models", 2024.
+Heek, Hoogeboom & Salimans, "Multistep Consistency Models" (arXiv:2403.06807).
 
 process           z_t = alpha_t x + sigma_t eps,  eps ~ N(0, I),  alpha^2 + sigma^2 = 1,  t in [0, 1]
 DDIM_t->s         z_s = alpha_s x + sigma_s / sigma_t (z_t - alpha_t x)                              Eq. 4

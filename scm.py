@@ -1,5 +1,5 @@
 """sCM: simple, stable and scalable continuous-time consistency models.
-Lu & Song, "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", 2024.
+Lu & Song, "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models" (arXiv:2410.11081).
 
 TrigFlow          x_t = cos(t) x_0 + sin(t) z,  z ~ N(0, sigma_d^2 I),  t in [0, pi/2]             Sec. 3
 PF-ODE            dx_t/dt = sigma_d F(x_t / sigma_d, t)                                            Eq. 3

@@ -1,6 +1,6 @@
 """SCT: consistency tuning of a diffusion model, easy (ECT) and stable (SCT).
-Wang, Geng & Li, "Stable Consistency Tuning: Understanding and Improving Consistency Models", 2024;
-ECT: Geng, Pokle, Luo, Lin & Kolter, "Consistency Models Made Easy", 2024.
+Wang, Geng & Li, "Stable Consistency Tuning: Understanding and Improving Consistency Models"
+(arXiv:2410.18958); ECT: Geng, Pokle, Luo, Lin & Kolter, "Consistency Models Made Easy" (arXiv:2406.14548).
 
 process           x_t = x_0 + t z,  z ~ N(0, I),  t the noise level (EDM's sigma)
 pair              t log-normal,  s = ReLU(1 - n(t) / q^floor(step / d)) (t - edge) + edge          Eq. 15, 17

@@ -86,7 +86,7 @@ class Config:
     double_norm: bool = form(True)  # adaptive double normalization (sCM); false is EDM2's modulation
     norm_shift: bool = form(True)  # double normalization scales and shifts; false only scales
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # precision of the U-Net's torso
-    checkpointing: bool = free(False)  # store no activations within blocks: less memory, a third more time
+    checkpointing: bool = free(False)  # keep no activations within blocks; on a GPU, set if few samples fit
     compile: bool = free(False)  # apply torch.compile to the passes that have no JVP
     sigma_d: float = of_net(0.5)  # standard deviation of the data
     seed: int = flag(0, most=2**63 - 1)  # of weights, data, times and noise

@@ -168,9 +168,10 @@ def load_teacher(cfg, data, device):
         fail(f"--teacher {cfg.teacher} was never trained without label, and guidance or --label_dropout asks "
              "it for that: make one with --mode diffusion --label_dropout 0.1, from this one by --init")
     net = freeze(load_net(cfg.teacher, data, cfg.sigma_d, device))
-    if cfg.compile and "diffusers" not in options:
-        with torch.no_grad():  # weights are laid out before anything is compiled
+    if "diffusers" not in options and (cfg.compile or torch.device(device).type == "cuda"):
+        with torch.no_grad():  # weights are laid out now, before anything is compiled and free memory counted
             net(torch.zeros(1, *options["shape"], device=device), torch.zeros(1, device=device))
+    if cfg.compile and "diffusers" not in options:
         net.compile()
     return net
 

@@ -444,7 +444,8 @@ def main(argv=None):
             child.terminate()
         raise
     if not args.names:
-        print("\n".join(f"{name:18}{claim.paper}" for name, claim in CLAIMS.items()))
+        with contextlib.suppress(BrokenPipeError):  # whoever reads may stop early
+            print("\n".join(f"{name:18}{claim.paper}" for name, claim in CLAIMS.items()), flush=True)
 
 
 if __name__ == "__main__":
