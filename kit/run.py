@@ -4,7 +4,7 @@ from kit.data import Stored
 from kit.layers import DTYPES
 from kit.networks import build
 from kit.process import (HINTS, RANK, WORLD, atomic_write, barrier, end_at_sigterm, fail, is_ours,
-                         lock_folder, reading, start_processes, write_together, writing)
+                         keep_freed_memory, lock_folder, reading, start_processes, write_together, writing)
 from kit.teachers import init_path, load_init, load_teacher, network, read_checkpoint, shorten
 from kit.text import Captions, TextToImage
 from kit.toys import Mixture
@@ -274,6 +274,7 @@ class Run:
             # Points: a second thread gains little on matrices this small. Beside other busy programs, waiting
             # for it makes a step up to ten times slower. And the number of cores changes no weights.
             torch.set_num_threads(1)
+            keep_freed_memory()
         self.state, self.data = state, data
         self.made_from = dict(classes=getattr(data, "names", []), data=getattr(data, "fingerprint", ""),
                               teacher=digest(teacher))
