@@ -14,6 +14,7 @@ same noise whoever solves the ODE would have distance 0, whatever the samples lo
 
 points  energy_distance     V-statistic between n samples and n fresh points: biased, above 0 even for data
         sliced_wasserstein  root mean square W_2 over 128 directions, n samples and n fresh points: biased
+        precision, recall   k = 3 nearest neighbours; at most 10,000 samples and fresh points
         mode_shares         share of the samples within 4 standard deviations of each mode
         ode_error           RMS per element between samples and the exact solution from the same noise, or
                             with --reference teacher (also of images) the teacher's
@@ -22,7 +23,7 @@ images  frechet_distance    n samples, all reference images, covariances over n 
                             the FID with --features inception and n = 50,000 (which resizes to 299 itself)
         inception_score     exp E KL(p(y|x) || p(y)), mean of 10 splits: biased; needs class probabilities
         kid                 MMD^2 with kernel (x.y / d + 1)^3, U-statistic: unbiased; at most 10,000 of each
-        precision, recall   k = 3 nearest neighbours; at most 10,000 samples and reference images
+        precision, recall   as of points
 text    clip_score          mean cosine of CLIP ViT-L/14's image and prompt, resized to 224 by its processor
         aesthetic_score     mean of LAION's linear predictor on CLIP's normalized image features
 """
@@ -30,8 +31,8 @@ import common
 import kit
 from kit.config import foreign_values, make_config
 from kit.edm import read_pickle
-from kit.metrics import (Moments, Reference, energy_distance, image_metrics, mode_shares, rms,
-                         sliced_wasserstein)
+from kit.metrics import (Moments, Reference, energy_distance, image_metrics, mode_shares, precision_recall,
+                         rms, sliced_wasserstein)
 from kit.process import (RANK, WORLD, atomic_write, barrier, download, fail, gathered, reading,
                          start_processes)
 from kit.report import density, grid, write_npz
@@ -470,6 +471,7 @@ def point_metrics(run, samples, nfe, reference, args):
     x, data, cfg = samples["x"], kit.dataset(run.cfg), run.cfg
     fresh = data.batch(common.Draw(0, 2**32, 0, len(x)))[0] if reference is None else reference
     row = dict(energy_distance=energy_distance(x, fresh), sliced_wasserstein=sliced_wasserstein(x, fresh))
+    row |= precision_recall(x[:KEEP], fresh[:KEEP])
     if not isinstance(data, Mixture):
         return row
     row["mode_shares"] = mode_shares(x, data)

@@ -43,6 +43,7 @@ class Claim:
     sampling: dict = field(default_factory=lambda: {"": {}})  # what sampling varies: a row for each
     chart: str = ""  # "training": tangent and E over its steps; "N": quality over N, a name's last word
     extra: str = ""  # flags for all runs
+    columns: tuple = ()  # what else eval.py measures that the table shows, of the first NFE
     noise: bool = False  # seeds are of the noise that samples start from, too
 
 
@@ -62,6 +63,7 @@ MULTISTEP = "multistep_cm.py --dataset gmm64"
 DIRECT = "direct_cm.py --weighting one --lr_cooldown 0 --ema_sigma_rel 0 --ema_halflife 0 --batch 128"
 DIRECT_TOY = f"{DIRECT} --lr 1e-4 --teacher {{first}} --steps 50"
 DIFFUSION = "scm.py --mode diffusion --steps 3000"
+STRENGTHS = "scm.py --conditional true --guidance_max 2"
 GUIDED = f"{DIFFUSION} --conditional true --label_dropout 0.1"
 TEACHER = "out/scm-folder-diffusion"
 IMAGES = "--dataset folder --image_size 16 --dtype bf16"
@@ -75,6 +77,13 @@ SOLVERS = {name: f"--solver {name}" for name in ("ddim", "addim")}
 STUDENTS = {mode: f"--mode {mode}" for mode in ("cm", "direct")}
 
 CLAIMS = {
+    "methods-images": Claim(
+        "No paper's claim: all methods from one teacher, for 250 steps at their presets",
+        {run: f"{run.replace(' ', '.py --mode ')} {IMAGES} --steps 250 {flags} {TEACHER}" for run, flags in {
+            "scm scd": "--teacher", "scm sct": "--init", "cm cd": "--teacher", "cm ict": "--init",
+            "sct ect": "--stage_steps 31 --init", "sct sct": "--stage_steps 31 --init",
+            "multistep_cm cd": "--student_steps 4 --teacher", "direct_cm cm": "--intervals 20 --teacher",
+            "direct_cm direct": "--intervals 20 --teacher"}.items()}),
     "tangent": Claim(
         'sCM, Fig. 5a: "either normalization or clipping leads to substantial improvements"',
         grid(SCM, mode=MODES, tangent=TANGENTS), chart="training"),
@@ -102,6 +111,12 @@ CLAIMS = {
         'reduce some gradient spikes"',
         grid(SCM, tangent={name: TANGENTS[name] for name in ("raw", "normalize")},
              warmup={"at once": "--warmup 0", "over 300 steps": "--warmup 300"}), extra="--log_every 1"),
+    "vsd": Claim(
+        "sCM, Fig. 7, as guidance grows: VSD raises precision and lowers recall, sCD stays with its teacher",
+        grid(f"{STRENGTHS} --init {{first}} --steps 1500 --warmup 0 --lr 5e-4", mode={
+            mode: f"--mode {mode}" for mode in ("scd", "scd+vsd", "vsd")}), first=STRENGTHS, nfe=(1,),
+        sampling={f"guidance {v}": dict(guidance=v) for v in (1.0, 1.5, 2.0)},
+        columns=("precision", "recall")),
     "average": Claim(
         "No paper's claim, but Direct CM samples without an average after 250 steps: is that better?",
         grid(f"{SCM} --init {{first}} --lr_cooldown 0",
@@ -178,7 +193,7 @@ CLAIMS = {
 }
 
 
-def measure(out, nfe, args, seed=0):
+def measure(out, nfe, args, seed=0, columns=()):
     """{column: value} of a finished run. What Direct CM samples is compared, as in the paper, with what its
     teacher samples."""
     direct = kit.read_checkpoint(out)["script"] == "direct_cm"
@@ -187,8 +202,9 @@ def measure(out, nfe, args, seed=0):
     for (_, n), (values, _) in found.items():
         if n != "teacher":
             row[f"{n} NFE"] = values.get("energy_distance", values.get("frechet_distance"))
-            if "ode_error" in values:
-                row.setdefault("E", values["ode_error"])
+            for name, key in {"E": "ode_error", **dict(zip(columns, columns))}.items():
+                if key in values:
+                    row.setdefault(name, values[key])
     gradients = [value for step, value, _, _ in training([out], "grad_norm") if step > 50]  # not the start
     if len(gradients) > 500:  # every step was logged
         row["largest gradient over the median"] = max(gradients) / sorted(gradients)[len(gradients) // 2]
@@ -400,7 +416,8 @@ def run(name, args):
         for label, changes in claim.sampling.items():
             at = variant(out, changes) if changes and out else out
             own = own_steps(words.split())
-            values = measure(at, own or claim.nfe, args, seed * claim.noise) if out else {"stopped": 1}
+            nfe = own or claim.nfe
+            values = {"stopped": 1} if not out else measure(at, nfe, args, seed * claim.noise, claim.columns)
             if not claim.nfe and own and out:
                 values = {"quality": values.pop(f"{own[0]} NFE")} | values
             for column, value in values.items():
