@@ -176,7 +176,18 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
 
 def export(cfg):
     """--export FOLDER: the averaged network as model.safetensors, and config.json with the arguments of
-    kit.networks.build, the script's name and the mode. Of a text-to-image run, its adapters."""
+    kit.networks.build, the script's name and the mode. Of a text-to-image run, its adapters. To load a
+    network, and to sample from it in one call, takes no script:
+
+        import json, torch
+        from safetensors.torch import load_file
+        from kit.networks import build
+
+        options = json.load(open("exported/config.json"))["options"]
+        net = build(options).eval()
+        net.load_state_dict(load_file("exported/model.safetensors"))
+        noise, t = torch.randn(1000, 2), torch.full((1000, 1), 1.5645)  # TrigFlow's largest angle
+        x_0 = options["sigma_d"] * (t.cos() * noise - t.sin() * net(noise, t[:, 0]))"""
     net, folder = load_net(cfg.out), Path(cfg.export)
     ours = {"model.safetensors", "config.json"}, {"pytorch_lora_weights.safetensors", "inference.json"}
     with reading(f"cannot write {folder}"):

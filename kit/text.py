@@ -25,7 +25,19 @@ class Epsilon(nn.Module):
 
     Angles become steps along log(sigma / alpha). Beyond the first and last step it is called with those. What
     extends this says what eps(z, step, y) is, for z of the variance-preserving process. It may also be v =
-    alpha eps - sigma x_0, if `prediction` says so, as diffusers calls it."""
+    alpha eps - sigma x_0, if `prediction` says so, as diffusers calls it. So a DiT
+    of diffusers teaches on its latents, with --sigma_d 1, if train() has teacher = DiT(FOLDER):
+
+        class DiT(kit.Epsilon):
+            def __init__(self, path):
+                from diffusers import DDPMScheduler, DiTTransformer2DModel
+                betas = DDPMScheduler.from_pretrained(path, subfolder="scheduler").betas
+                super().__init__(betas, sigma_d=1.0)
+                self.net = DiTTransformer2DModel.from_pretrained(path, subfolder="transformer").eval()
+
+            def eps(self, z, step, y):
+                y = torch.where(y < 0, self.net.config.num_embeds_ada_norm, y)   # the label of none
+                return self.net(z, step, class_labels=y).sample[:, :z.shape[1]]  # without variances"""
 
     def __init__(self, betas, sigma_d, prediction="epsilon"):
         super().__init__()

@@ -5,6 +5,7 @@
     python tests/claims.py figure                             what each method's loss compares, as a picture
     python tests/claims.py tangent                            trains what it compares, prints a table
     python tests/claims.py tangent-images --data CIFAR10 --features FEATURES.pt
+    python tests/claims.py all --jobs 2                       everything; says how long it will take
 
 Each row is a run on the toy, or for a claim that ends in -images on 16 x 16 pixels, from the README's teacher
 in out/scm-folder-diffusion. Cells are the mean over the seeds (lowest-highest): of points the energy distance
@@ -292,8 +293,42 @@ def train_once(command, out):
     return out
 
 
-TOY = dict(scm=("diffusion", "scd", "sct", "dscd"), cm=("cd", "ct", "ict", "ctcd", "ctct"),
+def minutes(jobs, args):
+    """How long runs take that are not finished, about: on a core of a plain machine 25 ms a step of points,
+    1.2 s of images, and 10 s for the start and the report."""
+    total = 0
+    for command, out in jobs:
+        script, *flags = command.split()
+        module, given = __import__(script[:-3]), dict(zip(flags, flags[1:]))
+        name, mode = given.get("--dataset", "gmm"), given.get("--mode", module.Config.mode)
+        steps = int(given.get("--steps") or kit.config.preset(module.PRESETS, name, mode).get("steps", 4000))
+        kept = Path(out, "command.txt")
+        if not kept.exists() or kept.read_text() != command:
+            total += 10 + steps * (1.2 if name == "folder" else 0.025)
+    return math.ceil(total / 60 / args.jobs)
+
+
+TOY = dict(scm=("diffusion", "scd", "sct", "dscd", "vsd", "scd+vsd"), cm=("cd", "ct", "ict", "ctcd", "ctct"),
            sct=("ect", "sct"), multistep_cm=("cd", "ct", "pd"), direct_cm=("cm", "direct"))
+
+
+def nfes(script, mode):
+    return (35,) if mode == "diffusion" else (1, 2, 4)
+
+
+def toy_jobs(args):
+    """The runs of the toy (script, mode, seed, steps of multistep_cm.py or 0), and for each its command and
+    folder."""
+    def job(script, mode, seed, k):
+        command = f"{script}.py --mode {mode} --seed {seed}" + (f" --student_steps {k}" if k else "")
+        command += f" --init {args.out}/toy/scm-scd-{seed}" if "vsd" in mode else ""
+        if args.steps:
+            stage = f" --stage_steps {max(1, args.steps // 20)}" if script == "sct" else ""
+            command += f" --steps {args.steps}{stage}"
+        return command, f"{args.out}/toy/{script}-{mode}{f'-{k}' if k else ''}-{seed}"
+    runs = [(script, mode, seed, k) for seed in range(args.seeds) for script in TOY for mode in TOY[script]
+            for k in (nfes(script, mode) if script == "multistep_cm" else (0,))]
+    return runs, [job(*run) for run in runs]
 
 
 def toy(_, args):
@@ -301,24 +336,17 @@ def toy(_, args):
     diffusion in 35. A run of multistep_cm.py is made for one number of steps, so there is one for each.
     Writes toy/eval.png, with a panel for each mode, in the fewest evaluations or, of multistep_cm.py, the
     preset's. E, the shares of the ring's modes (lowest-highest) and the seconds are those of the panels."""
-    def nfes(script, mode):
-        return (35,) if mode == "diffusion" else (1, 2, 4)
-
     def shown(script, mode):
         return multistep_cm.Config.student_steps if script == "multistep_cm" else nfes(script, mode)[0]
 
-    def train(run):
-        script, mode, seed, k = run
-        command = f"{script}.py --mode {mode} --seed {seed}" + (f" --student_steps {k}" if k else "")
-        if args.steps:
-            stage = f" --stage_steps {max(1, args.steps // 20)}" if script == "sct" else ""
-            command += f" --steps {args.steps}{stage}"
-        return train_once(command, f"{root}/{script}-{mode}{f'-{k}' if k else ''}-{seed}")
     root = Path(args.out, "toy")
-    runs = [(script, mode, seed, k) for seed in range(args.seeds) for script in TOY for mode in TOY[script]
-            for k in (nfes(script, mode) if script == "multistep_cm" else (0,))]
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        outs = list(tqdm(pool.map(train, runs), total=len(runs), desc="toy", disable=None))
+    runs, jobs = toy_jobs(args)
+    with (concurrent.futures.ThreadPoolExecutor(args.jobs) as pool,
+          tqdm(total=len(runs), desc="toy", disable=None) as bar):
+        for later in (False, True):  # vsd goes on from a finished scd
+            for _ in pool.map(train_once, *zip(*(job for job in jobs if ("--init" in job[0]) == later))):
+                bar.update()
+    outs = [out for _, out in jobs]
     found, sheet = {}, {}
     for (script, mode, _, k), out in tqdm(zip(runs, outs), total=len(runs), desc="sample", disable=None):
         own = evaluation.evaluate(out, (k,) if k else nfes(script, mode), args.eval, args.tools, "cpu")
@@ -384,23 +412,31 @@ def variant(out, changes):
     return path
 
 
-def run(name, args):
-    """Train, measure, print."""
-    claim, root = CLAIMS[name], Path(args.out, name)
+def jobs_of(name, args):
+    """The first run of a claim, or None, and the others by row and seed: commands and folders."""
+    claim, root, jobs = CLAIMS[name], Path(args.out, name), {}
     extra = f" {claim.extra}" + f" --data {args.data}" * name.endswith("-images")
     extra += f" --steps {args.steps}" if args.steps else ""
-    first = train_once(claim.first + extra, str(root / "first")) if claim.first else ""
-    for kept in root.glob("*/command.txt") if first else ():
-        if kept.stat().st_mtime < Path(first, "command.txt").stat().st_mtime:
-            kept.unlink()  # a student of an earlier first run
-    jobs = {}
+    first = (claim.first + extra, str(root / "first")) if claim.first else None
     for seed in range(args.seeds):
         for row, command in claim.runs.items():
-            words = command.format(first=first) + extra + f" --seed {seed}"
+            words = command.format(first=root / "first") + extra + f" --seed {seed}"
             if claim.chart == "training":
                 steps = int(words.split("--steps ")[-1].split()[0])
                 words += f" --log_every 10 --sample_every {max(1, steps // 5)}"
             jobs[row, seed] = words, str(root / f"{row}-{seed}")
+    return first, jobs
+
+
+def run(name, args):
+    """Train, measure, print."""
+    claim, root = CLAIMS[name], Path(args.out, name)
+    first, jobs = jobs_of(name, args)
+    if first:
+        train_once(*first)
+        for kept in root.glob("*/command.txt"):
+            if kept.stat().st_mtime < (root / "first/command.txt").stat().st_mtime:
+                kept.unlink()  # a student of an earlier first run
 
     def train(job):
         try:
@@ -433,7 +469,7 @@ def run(name, args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser("claims.py", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="claims, or none for a list of them")
+    parser.add_argument("names", nargs="*", help="claims, toy, figure or all; none lists the claims")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread [1]")
     parser.add_argument("--data", default="data/cifar10", help="class folders of images [data/cifar10]")
@@ -445,9 +481,21 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if min(args.seeds, args.jobs, args.samples - 1) < 1:
         kit.fail("--seeds and --jobs must be at least 1, --samples at least 2")
+    everything = "figure", "toy", *CLAIMS
     for name in args.names:
-        if name not in (*CLAIMS, "toy", "figure"):
-            kit.fail(f"unknown claim {name!r}; the claims are toy, figure, {', '.join(CLAIMS)}")
+        if name not in (*everything, "all"):
+            kit.fail(f"unknown claim {name!r}; the claims are all, {', '.join(everything)}")
+    if "all" in args.names:
+        args.names = everything
+    if any(name.endswith("-images") for name in args.names) and not Path(TEACHER, "ckpt.pt").exists():
+        kit.fail(f"claims on images start from a teacher in {TEACHER}: make it with python scm.py --mode "
+                 f"diffusion {IMAGES} --data {args.data}")
+    jobs = toy_jobs(args)[1] if "toy" in args.names else []
+    for name in set(args.names) & set(CLAIMS):
+        first, others = jobs_of(name, args)
+        jobs += [first] * bool(first) + list(others.values())
+    if jobs:
+        print(f"{len(jobs)} runs, about {minutes(jobs, args)} minutes for what is not finished", flush=True)
     args.eval = evaluation.parse_args(["x", "--features", args.features, "--samples", str(args.samples)])
     args.tools = evaluation.make_tools(args.eval, torch.device("cpu"))
     with kit.reading(f"--out {args.out} is no folder to write to"):

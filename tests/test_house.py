@@ -1,5 +1,6 @@
 """The text itself: the scripts have one shape, imports go downwards, kit knows no method, a copy of a script
 is a script, and the README's commands and links are true."""
+import kit
 from conftest import ROOT, SCRIPTS
 
 import ast
@@ -9,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -155,9 +157,9 @@ def test_readme_commands_run(folder):
             flags += [w for k, v in cut.items() for w in (f"--{k}", str(v))
                       if k != "channels" or "--teacher" not in flags]
         __import__(Path(script).stem).main(flags)
-    code, = re.findall(r"^```python\n(import json.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    code, = re.findall(r"^ {8}import json.*", kit.export.__doc__, re.M | re.S)
     names = {}
-    exec(code, names)  # our own README, on what its command has exported
+    exec(textwrap.dedent(code), names)  # our own docstring, on what the README's command has exported
     assert names["x_0"].shape == (1000, 2) and names["x_0"].isfinite().all()
 
 

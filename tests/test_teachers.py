@@ -3,12 +3,13 @@ import cm
 import common
 import kit
 import scm
-from conftest import ROOT, one_line, parsed
+from conftest import one_line, parsed
 
 import copy
 import math
 import os
 import re
+import textwrap
 from pathlib import Path
 
 import diffusers
@@ -73,9 +74,9 @@ def test_a_teachers_weights_are_kept_and_compiled(train, folder):
     assert torch.equal(teacher.forward(x, t), plain(x, t)) and not copy.deepcopy(teacher)._compiled_call_impl
 
 
-def test_the_readmes_dit_teaches():
-    """The README's class, on a tiny DiT: F is its eps in TrigFlow's coordinates, with labels and without; and
-    scd distills it."""
+def test_the_documented_dit_teaches():
+    """The class in Epsilon's docstring, on a tiny DiT: F is its eps in TrigFlow's coordinates, with and
+    without labels; and scd distills it."""
     torch.manual_seed(0)
     net = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
@@ -83,11 +84,9 @@ def test_the_readmes_dit_teaches():
     net.save_pretrained("dit/transformer")
     scheduler = diffusers.DDPMScheduler(1000)
     scheduler.save_pretrained("dit/scheduler")
-    readme = (ROOT / "README.md").read_text()
-    code, = re.findall(r"^```python\n(class DiT.*?)^```", readme, re.M | re.S)
-    assert code.count("\n") <= 15
+    code, = re.findall(r"^ {8}class DiT.*", kit.Epsilon.__doc__, re.M | re.S)
     names = dict(common=common, kit=kit, torch=torch)
-    exec(code, names)  # our own README
+    exec(textwrap.dedent(code), names)  # our own docstring
     teacher = names["DiT"]("dit")
     step, y, z = torch.tensor([0, 400, 999]), torch.tensor([3, -1, 9]), torch.randn(3, 4, 8, 8)
     with torch.no_grad():
