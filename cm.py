@@ -104,7 +104,7 @@ PRESETS = {
     "gmm --mode cd": dict(mu=0.9, weighting="gap"),
     "gmm --mode ct": CT | dict(weighting="gap", metric="huber", emb_scale=4.0),
     "gmm --mode ict": ICT | dict(steps=4000, emb_scale=4.0),
-    "gmm --mode ctct": dict(steps=5000, weighting="inverse", emb_scale=4.0),
+    "gmm --mode ctct": dict(steps=7500, weighting="inverse", emb_scale=4.0),
     "shapes": {},
     "folder": {},
     "folder --mode cd": dict(lr=5e-4),  # two steps are better than with 2e-3

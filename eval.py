@@ -6,7 +6,7 @@ An .npz of samples in ADM's layout may stand for a run, too; --write writes one 
 guided-diffusion's evaluator and dgm-eval read. Prints a Markdown table and writes eval.json and eval.png.
 
     python eval.py out/direct_cm/cm out/direct_cm/direct --reference teacher
-    python eval.py out/sdxl --prompts FILE --reference teacher
+    python eval.py out/sdxl --prompts FILE --reference teacher --features inception
 
 compare with what the runs' teacher samples, by the script's own solver if it has one; that is Direct CM's
 Table 1. Images start from the same noise, as in the paper. Points start from other noise, because from the

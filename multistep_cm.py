@@ -98,7 +98,7 @@ PRESETS = {
     # DEPARTS: paper 64 to 1,280 teacher steps; here to 320, because a run is short, and finer steps add noise
     "gmm": dict(steps=4000, emb_scale=16.0, lr=3e-3, lr_cooldown=0.8, teacher_steps=(64, 320)),
     # The last stage needs a learning rate, too.
-    "gmm --mode pd": dict(pd_start=32, lr_cooldown=0.3),
+    "gmm --mode pd": dict(pd_start=32, lr_cooldown=0.3, steps=7000),
     "gmm1d": dict(teacher="exact", steps=2000, lr_cooldown=0.3, channels=64, blocks=6, c_noise="log",
                   emb_scale=8.0, sigma_d=1.0),
     "gmm64": dict(teacher="exact", steps=1000, lr=2e-3, lr_cooldown=0.7, channels=128, blocks=6,
