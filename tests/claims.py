@@ -45,6 +45,7 @@ class Claim:
     chart: str = ""  # "training": tangent and E over its steps; "N": quality over N, a name's last word
     extra: str = ""  # flags for all runs
     columns: tuple = ()  # what else eval.py measures that the table shows, of the first NFE
+    to_data: bool = False  # compare Direct CM's samples with the data, too, not with its teacher's
     noise: bool = False  # seeds are of the noise that samples start from, too
 
 
@@ -84,7 +85,7 @@ CLAIMS = {
             "scm scd": "--teacher", "scm sct": "--init", "cm cd": "--teacher", "cm ict": "--init",
             "sct ect": "--stage_steps 31 --init", "sct sct": "--stage_steps 31 --init",
             "multistep_cm cd": "--student_steps 4 --teacher", "direct_cm cm": "--intervals 20 --teacher",
-            "direct_cm direct": "--intervals 20 --teacher"}.items()}),
+            "direct_cm direct": "--intervals 20 --teacher"}.items()}, to_data=True),
     "tangent": Claim(
         'sCM, Fig. 5a: "either normalization or clipping leads to substantial improvements"',
         grid(SCM, mode=MODES, tangent=TANGENTS), chart="training"),
@@ -194,16 +195,16 @@ CLAIMS = {
 }
 
 
-def measure(out, nfe, args, seed=0, columns=()):
+def measure(out, nfe, args, claim, seed):
     """{column: value} of a finished run. What Direct CM samples is compared, as in the paper, with what its
     teacher samples."""
-    direct = kit.read_checkpoint(out)["script"] == "direct_cm"
+    direct = kit.read_checkpoint(out)["script"] == "direct_cm" and not claim.to_data
     options = argparse.Namespace(**vars(args.eval) | dict(reference="teacher" if direct else None, seed=seed))
     found, row = evaluation.evaluate(out, nfe, options, args.tools, "cpu"), {}
     for (_, n), (values, _) in found.items():
         if n != "teacher":
             row[f"{n} NFE"] = values.get("energy_distance", values.get("frechet_distance"))
-            for name, key in {"E": "ode_error", **dict(zip(columns, columns))}.items():
+            for name, key in {"E": "ode_error", **dict(zip(claim.columns, claim.columns))}.items():
                 if key in values:
                     row.setdefault(name, values[key])
     gradients = [value for step, value, _, _ in training([out], "grad_norm") if step > 50]  # not the start
@@ -453,7 +454,7 @@ def run(name, args):
             at = variant(out, changes) if changes and out else out
             own = own_steps(words.split())
             nfe = own or claim.nfe
-            values = {"stopped": 1} if not out else measure(at, nfe, args, seed * claim.noise, claim.columns)
+            values = {"stopped": 1} if not out else measure(at, nfe, args, claim, seed * claim.noise)
             if not claim.nfe and own and out:
                 values = {"quality": values.pop(f"{own[0]} NFE")} | values
             for column, value in values.items():
