@@ -368,7 +368,8 @@ def check_values(cfg, fields):
         least = field.metadata.get("least", -math.inf if number and field.default < 0 else 0)
         most = field.metadata.get("most", math.inf)
         if number and not (math.isfinite(value) and least <= value):
-            fail(f"--{name} must be a number, at least {least}, not {value}")
+            bound = f", at least {least}" if math.isfinite(least) else ""
+            fail(f"--{name} must be a finite number{bound}, not {value}")
         if number and value > most:
             fail(f"--{name} must be at most {most}, not {value}")
         if field.type is tuple and not all(math.isfinite(v) for v in value):

@@ -275,13 +275,18 @@ def spread(values, digits):
     return f"{sum(values) / len(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
+def finished(command, out):
+    """Whether the folder holds what this command trains."""
+    kept = Path(out, "command.txt")
+    return kept.exists() and kept.read_text().split() == command.split()
+
+
 def train_once(command, out):
     """Run `SCRIPT.py FLAGS --out OUT` in a process of its own, on one thread. OUT keeps the command, and is
     left alone if it is the same."""
-    kept = Path(out, "command.txt")
-    if not kept.exists() or kept.read_text() != command:
+    kept, (script, *flags) = Path(out, "command.txt"), command.split()
+    if not finished(command, out):
         kept.unlink(missing_ok=True)
-        script, *flags = command.split()
         command = [sys.executable, str(ROOT / script), *flags, "--out", out, "--overwrite"]
         environment = os.environ | dict(OMP_NUM_THREADS="1")
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
@@ -303,8 +308,7 @@ def minutes(jobs, args):
         module, given = __import__(script[:-3]), dict(zip(flags, flags[1:]))
         name, mode = given.get("--dataset", "gmm"), given.get("--mode", module.Config.mode)
         steps = int(given.get("--steps") or kit.config.preset(module.PRESETS, name, mode).get("steps", 4000))
-        kept = Path(out, "command.txt")
-        if not kept.exists() or kept.read_text() != command:
+        if not finished(command, out):
             total += 10 + steps * (1.2 if name == "folder" else 0.025)
     return math.ceil(total / 60 / args.jobs)
 

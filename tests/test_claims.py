@@ -1,4 +1,5 @@
-"""tests/claims.py: its commands are what the scripts take, and a claim runs to its table and chart."""
+"""tests/claims.py: its commands are what the scripts take, finished runs are kept, and a claim runs to its
+table and chart."""
 import kit
 from conftest import SCRIPTS
 
@@ -45,6 +46,16 @@ def test_a_claim_ends_in_a_table(name, rows, columns, monkeypatch, capsys):
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(table) == 2 + rows and all(line.count("|") == columns + 2 for line in table)
     assert Path("claims", name, "chart.png").exists() == bool(claims.CLAIMS[name].chart)
+
+
+def test_finished_runs_are_kept():
+    """The same command, however it is spaced, trains nothing; another one does."""
+    command = "scm.py --mode diffusion  --steps 1 --batch 8 --channels 16 --blocks 1 --log_every"
+    trained = []
+    for steps in (" 1", "  1", " 2"):
+        ckpt = Path(claims.train_once(command + steps, "run"), "ckpt.pt")
+        trained.append(ckpt.stat().st_mtime_ns)
+    assert trained[0] == trained[1] < trained[2]
 
 
 def test_the_toy_table(monkeypatch, capsys):
