@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -278,13 +279,13 @@ def spread(values, digits):
 def finished(command, out):
     """Whether the folder holds what this command trains."""
     kept = Path(out, "command.txt")
-    return kept.exists() and kept.read_text().split() == command.split()
+    return kept.exists() and shlex.split(kept.read_text()) == shlex.split(command)
 
 
 def train_once(command, out):
     """Run `SCRIPT.py FLAGS --out OUT` in a process of its own, on one thread. OUT keeps the command, and is
     left alone if it is the same."""
-    kept, (script, *flags) = Path(out, "command.txt"), command.split()
+    kept, (script, *flags) = Path(out, "command.txt"), shlex.split(command)
     if not finished(command, out):
         kept.unlink(missing_ok=True)
         command = [sys.executable, str(ROOT / script), *flags, "--out", out, "--overwrite"]
@@ -295,7 +296,7 @@ def train_once(command, out):
             _, text = child.communicate()
         if child.returncode:
             kit.fail(f"{' '.join(command)} stopped: {text.strip().splitlines()[-1]}")
-        kept.write_text(" ".join([script, *flags]))
+        kept.write_text(shlex.join([script, *flags]))
     return out
 
 
@@ -304,7 +305,7 @@ def minutes(jobs, args):
     1.2 s of images, and 10 s for the start and the report."""
     total = 0
     for command, out in jobs:
-        script, *flags = command.split()
+        script, *flags = shlex.split(command)
         module, given = __import__(script[:-3]), dict(zip(flags, flags[1:]))
         name, mode = given.get("--dataset", "gmm"), given.get("--mode", module.Config.mode)
         steps = int(given.get("--steps") or kit.config.preset(module.PRESETS, name, mode).get("steps", 4000))
@@ -326,7 +327,7 @@ def toy_jobs(args):
     folder."""
     def job(script, mode, seed, k):
         command = f"{script}.py --mode {mode} --seed {seed}" + (f" --student_steps {k}" if k else "")
-        command += f" --init {args.out}/toy/scm-scd-{seed}" if "vsd" in mode else ""
+        command += f" --init {shlex.quote(args.out)}/toy/scm-scd-{seed}" if "vsd" in mode else ""
         if args.steps:
             stage = f" --stage_steps {max(1, args.steps // 20)}" if script == "sct" else ""
             command += f" --steps {args.steps}{stage}"
@@ -420,12 +421,12 @@ def variant(out, changes):
 def jobs_of(name, args):
     """The first run of a claim, or None, and the others by row and seed: commands and folders."""
     claim, root, jobs = CLAIMS[name], Path(args.out, name), {}
-    extra = f" {claim.extra}" + f" --data {args.data}" * name.endswith("-images")
+    extra = f" {claim.extra}" + f" --data {shlex.quote(args.data)}" * name.endswith("-images")
     extra += f" --steps {args.steps}" if args.steps else ""
     first = (claim.first + extra, str(root / "first")) if claim.first else None
     for seed in range(args.seeds):
         for row, command in claim.runs.items():
-            words = command.format(first=root / "first") + extra + f" --seed {seed}"
+            words = command.format(first=shlex.quote(str(root / "first"))) + extra + f" --seed {seed}"
             if claim.chart == "training":
                 steps = int(words.split("--steps ")[-1].split()[0])
                 words += f" --log_every 10 --sample_every {max(1, steps // 5)}"
@@ -456,7 +457,7 @@ def run(name, args):
     for ((row, seed), (words, _)), out in zip(jobs.items(), outs):
         for label, changes in claim.sampling.items():
             at = variant(out, changes) if changes and out else out
-            own = own_steps(words.split())
+            own = own_steps(shlex.split(words))
             nfe = own or claim.nfe
             values = {"stopped": 1} if not out else measure(at, nfe, args, claim, seed * claim.noise)
             if not claim.nfe and own and out:
