@@ -527,9 +527,10 @@ def parse_args(argv):
     parser.add_argument("--write", action="store_true", help="write the samples to --out, as ADM's .npz")
     parser.add_argument("--out", help="folder to write to [the first run's]")
     args = parser.parse_args(argv)
-    if args.samples > 10**8 or min(args.nfe + [args.samples - 1, args.batch, args.image_size + 1]) < 1:
-        fail("--samples must be at least 2 and at most 10^8, --nfe and --batch at least 1, --image_size at "
-             "least 0")
+    least = args.samples - 1, args.batch, args.image_size + 1, args.seed + 1
+    if args.samples > 10**8 or min(*args.nfe, *least) < 1:
+        fail("--samples must be at least 2 and at most 10^8, --nfe and --batch at least 1, --image_size and "
+             "--seed at least 0")
     with reading(f"cannot read --reference {args.reference}"):
         if args.reference not in (None, "teacher") and not Path(args.reference).exists():
             fail(f"there is no --reference {args.reference}")

@@ -41,7 +41,8 @@ def dry_run(cfg):
     data = dataset(cfg)
     teacher = load_teacher(cfg, data, "cpu")
     with torch.device("meta"):
-        net = network(dataclasses.replace(cfg, init="none"), data, "meta")
+        strengths = getattr(cfg, "guidance_max", 1) > 1
+        net = network(dataclasses.replace(cfg, init="none"), data, "meta", guidance=strengths)
     if init_path(vars(cfg)):
         load_init(net, cfg, data)
     options = net.options

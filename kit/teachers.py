@@ -191,7 +191,8 @@ def load_init(net, cfg, data):
     for k in sorted(names - anew):
         if k not in state or k not in old or state[k].shape != old[k].shape:
             fail(f"{path} has another architecture than the flags ask for (at {k})")
-    net.load_state_dict(state | {k: old[k] for k in names - anew})
+    if not next(net.parameters()).is_meta:  # as in --dry_run
+        net.load_state_dict(state | {k: old[k] for k in names - anew})
 
 
 def init_path(values):

@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -245,7 +246,9 @@ def draw(claim, folders, cells, path):
             numbered = {row: int(row.split()[-1]) for row in cells if row.split()[-1].isdigit()}
             ends, lines = sorted(numbered.values()), {}
             for row, columns in cells.items():
-                v, label = columns[key], row.rsplit(" ", 1)[0] if row in numbered else row
+                v, label = columns.get(key), row.rsplit(" ", 1)[0] if row in numbered else row
+                if not v:  # a run that stopped
+                    continue
                 for x in [numbered[row]] if row in numbered else (ends[0], ends[-1]):
                     lines.setdefault(label, []).append((x, sum(v) / len(v), min(v), max(v)))
             charts[f"{title} over {claim.chart}"] = lines
@@ -277,17 +280,32 @@ def spread(values, digits):
 
 
 def finished(command, out):
-    """Whether the folder holds what this command trains."""
-    kept = Path(out, "command.txt")
-    return kept.exists() and shlex.split(kept.read_text()) == shlex.split(command)
+    """Whether OUT holds this command's run, whole: the command was written after the checkpoint and log."""
+    kept, ckpt, log = (Path(out, name) for name in ("command.txt", "ckpt.pt", "log.jsonl"))
+    with contextlib.suppress(OSError, ValueError):
+        same = shlex.split(kept.read_text()) == shlex.split(command)
+        return same and max(ckpt.stat().st_mtime, log.stat().st_mtime) <= kept.stat().st_mtime
+    return False
+
+
+@contextlib.contextmanager
+def workers(count):
+    """Threads that start runs. Whatever ends the claim ends its runs, too, which save their step."""
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in CHILDREN:
+                child.terminate()
+            raise
 
 
 def train_once(command, out):
     """Run `SCRIPT.py FLAGS --out OUT` in a process of its own, on one thread. OUT keeps the command, and is
     left alone if it is the same."""
-    kept, (script, *flags) = Path(out, "command.txt"), shlex.split(command)
     if not finished(command, out):
-        kept.unlink(missing_ok=True)
+        script, *flags = shlex.split(command)
         command = [sys.executable, str(ROOT / script), *flags, "--out", out, "--overwrite"]
         environment = os.environ | dict(OMP_NUM_THREADS="1")
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
@@ -295,8 +313,9 @@ def train_once(command, out):
             CHILDREN.append(child)
             _, text = child.communicate()
         if child.returncode:
-            kit.fail(f"{' '.join(command)} stopped: {text.strip().splitlines()[-1]}")
-        kept.write_text(shlex.join([script, *flags]))
+            said = [line for line in text.splitlines() if line.strip() and not re.search(r"\d+%\|", line)]
+            kit.fail(f"{shlex.join(command)} stopped: {(said or [f'exit code {child.returncode}'])[-1]}")
+        Path(out, "command.txt").write_text(shlex.join([script, *flags]))
     return out
 
 
@@ -347,8 +366,7 @@ def toy(_, args):
 
     root = Path(args.out, "toy")
     runs, jobs = toy_jobs(args)
-    with (concurrent.futures.ThreadPoolExecutor(args.jobs) as pool,
-          tqdm(total=len(runs), desc="toy", disable=None) as bar):
+    with workers(args.jobs) as pool, tqdm(total=len(runs), desc="toy", disable=None) as bar:
         for later in (False, True):  # vsd goes on from a finished scd
             for _ in pool.map(train_once, *zip(*(job for job in jobs if ("--init" in job[0]) == later))):
                 bar.update()
@@ -449,7 +467,7 @@ def run(name, args):
             return train_once(*job)
         except SystemExit:  # the script has said why, such as a loss that is not finite
             return ""
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+    with workers(args.jobs) as pool:
         outs = list(tqdm(pool.map(train, jobs.values()), total=len(jobs), desc=name, disable=None))
     if not any(outs):
         kit.fail(f"{name}: no run came to its end; the lines above say why")
@@ -485,8 +503,8 @@ def main(argv=None):
     parser.add_argument("--out", default="out/claims")
     parser.error = kit.fail
     args = parser.parse_args(argv)
-    if min(args.seeds, args.jobs, args.samples - 1) < 1:
-        kit.fail("--seeds and --jobs must be at least 1, --samples at least 2")
+    if min(args.seeds, args.jobs, args.samples - 1, args.steps + 1) < 1:
+        kit.fail("--seeds and --jobs must be at least 1, --samples at least 2, --steps at least 0")
     everything = "figure", "toy", *CLAIMS
     for name in args.names:
         if name not in (*everything, "all"):
