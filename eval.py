@@ -39,7 +39,6 @@ from kit.report import density, grid, write_npz
 from kit.toys import Mixture, exact_ode
 
 import argparse
-import contextlib
 import functools
 import hashlib
 import importlib
@@ -543,6 +542,8 @@ def main(argv=None):
     device = start_processes("gloo")
     for path in args.runs:  # so that a typo is found before hours of sampling
         read_npz(path) if path.endswith(".npz") else kit.read_checkpoint(path)
+    with reading(f"--out {args.out} is no folder to write to"):
+        Path(args.out).mkdir(parents=True, exist_ok=True)
     tools, found = make_tools(args, device), {}
     for path in args.runs:
         found |= evaluate(path, args.nfe, args, tools, device)
@@ -552,8 +553,7 @@ def main(argv=None):
         text = json.dumps(rows, indent=1).encode()
         atomic_write(Path(args.out, "eval.json"), lambda file: file.write(text))
         kit.panels(sheet, Path(args.out, "eval.png"), len(args.nfe) if "energy_distance" in rows[0] else 1)
-        with contextlib.suppress(BrokenPipeError):  # whoever reads may stop early
-            print(table(rows), flush=True)
+        print(table(rows), flush=True)
 
 
 def make_tools(args, device):

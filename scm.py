@@ -54,7 +54,7 @@ class Config(kit.Config):
     guidance_max: float = 1.0  # distillation: train for all strengths of guidance from 1 to this; 1 is off
     guidance: float = 1.0  # strength of guidance in sampling; 1 is off
     intervals: int = kit.flag(1024, least=1)  # dscd: N, intervals of EDM's grid
-    fake_first: int = 0  # vsd: steps at the start in which the fake score learns alone; 0 is off
+    fake_first: float = kit.flag(0.0, most=1)  # vsd: first share of the steps, of the fake score alone
     vsd_P_mean: float = kit.flag(0.4, least=-math.inf)  # vsd: mean of log(sigma) where scores are compared
     vsd_P_std: float = 2.0  # vsd: standard deviation of log(sigma) there
 
@@ -66,6 +66,12 @@ class Config(kit.Config):
 
     def guides_teacher(self):
         return self.guidance_max > 1
+
+    def needs_steps(self):
+        return super().needs_steps() or "vsd" in self.mode and self.fake_first > 0
+
+    def trained(self):
+        return 2 if "vsd" in self.mode else 1  # the fake score, too
 
     def check(self):
         if self.guidance_max < 1:
@@ -98,7 +104,7 @@ PRESETS = {
     # starts from random weights, and learns alone at first.
     # DEPARTS: paper compares scores at P_mean = 0.4, P_std = 2; here at lower noise, because at high noise a
     # guided teacher points beyond the ring, and the student would follow.
-    **{f"gmm --mode {mode}": dict(steps=1500, warmup=0, lr=5e-4, fake_first=1000, vsd_P_mean=-1.7,
+    **{f"gmm --mode {mode}": dict(steps=1500, warmup=0, lr=5e-4, fake_first=2 / 3, vsd_P_mean=-1.7,
                                   vsd_P_std=0.4) for mode in ("vsd", "scd+vsd")},
     "shapes": dict(warmup=200),
     "folder": dict(warmup=200),
@@ -293,7 +299,7 @@ def vsd(net, target, teacher, x0, y, step, cfg, gen):
     fake.train()
     w = target.extra["vsd_head"](t) if cfg.weighting == "adaptive" else 0 * t
     loss, info = adaptive(cfg.sigma_d * (F - F.detach()) - gap, w)
-    loss = loss * (step >= cfg.fake_first)
+    loss = loss * (step >= cfg.fake_first * cfg.steps)
     t = times(gen, step, replace(cfg, P_mean=-0.8, P_std=1.6))  # as App. C trains the fake score
     x_t, z = noisy(x, t, gen, cfg)
     F_fake, w = fake(x_t / cfg.sigma_d, t, y, guidance, return_w=True)

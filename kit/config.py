@@ -52,7 +52,7 @@ class Config:
     lora_rank: int = fixed(64, least=1)  # text to image: rank of the adapters, and their alpha
     first_label: int = fixed(0)  # text to image: label of the first noise level
     prompt: str = call("")  # text to image: what to --sample
-    out: str = free("")  # the run's folder; "" is out/SCRIPT on the toy, otherwise out/SCRIPT-DATASET-MODE
+    out: str = free("")  # the run's folder; "" is out/SCRIPT (gmm, first mode), or out/SCRIPT-DATASET-MODE
     image_size: int = inherited(0)  # crop and resize images to this many pixels; 0 leaves them as they are
     flip: bool = False  # mirror half of the training images, at random
     conditional: bool = inherited(False)  # train a class-conditional network
@@ -119,6 +119,10 @@ class Config:
     def begins_from(self):
         """The mode whose finished run this mode goes on from, without --init; "" if it does not need one."""
         return ""
+
+    def trained(self):
+        """How many networks of this size are trained."""
+        return 1
 
     def inference(self):
         """What diffusers needs beside a text-to-image run's adapters: scheduler, timesteps, guidance."""
@@ -284,7 +288,7 @@ def usual_init(Config, script, cfg):
         return {}
     folder = usual_out(Config, script, cfg.dataset, mode)
     if not Path(folder, "ckpt.pt").exists():
-        flags = "" if folder == f"out/{script}" else f" --dataset {cfg.dataset} --mode {mode}"
+        flags = "" if folder == f"out/{script}" else f" --dataset {cfg.dataset} --mode {mode}{data_flag(cfg)}"
         fail(f"--mode {cfg.mode} goes on from a run of --mode {mode}, and there is none in {folder}: make it "
              f"with python {script}.py{flags}, or give --init RUN, or none to start anew")
     if RANK == 0 and not cfg.dry_run:
@@ -307,10 +311,14 @@ def usual_teacher(script, cfg):
         return {name: str(found)}
     if name == "teacher":
         maker = cfg.maker or script
-        data = "" if cfg.dataset in (*MIXTURES, "shapes", "cifar10") else " --data PATH"
         fail(f"--mode {cfg.mode} distills a teacher, and there is none in {own.parent}: make it with "
-             f"python {maker}.py --dataset {cfg.dataset} --mode diffusion{data}, or give --teacher RUN")
+             f"python {maker}.py --dataset {cfg.dataset} --mode diffusion{data_flag(cfg)}, or give --teacher "
+             "RUN")
     return {}
+
+
+def data_flag(cfg):
+    return "" if cfg.dataset in (*MIXTURES, "shapes", "cifar10") else f" --data {cfg.data or 'PATH'}"
 
 
 def make_config(Config, values):

@@ -34,12 +34,15 @@ warnings.filterwarnings("ignore", message=r".*torch\.jit\..* is deprecated")
 # ------------------------------------------------------------------------------------------------- errors
 
 def last_words(kind, error, trace):
-    """Ctrl-C and a lack of memory end in one line. Every other exception is a bug and keeps its traceback."""
+    """Ctrl-C and a lack of memory end in one line, and a closed pipe, as after `| head`, in none. Every other
+    exception is a bug and keeps its traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print(f"\nstopped{HINTS['stopped']}", file=sys.stderr)
     elif issubclass(kind, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
         print(f"\nout of memory: {HINTS['memory']}", file=sys.stderr, flush=True)
         os._exit(2)  # a hook has no other way to choose the exit code
+    elif issubclass(kind, BrokenPipeError):
+        os._exit(128 + signal.SIGPIPE)  # what a shell reports of other programs
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -166,11 +166,12 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
         metrics["energy_distance"] = distances
         run.log(step, **{k: v for k, v in metrics.items() if k == "ode_error"},
                 energy_distance=distances[str(nfes[0])])
+    atomic_write(run.out / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
+    if points:
         print("energy distance to fresh data:  " + "  ".join(
             f"{k + ' NFE' if k.isdigit() else k} {v:.5f}" for k, v in distances.items()))
     if toy:
         print(f"ODE error E = {metrics['ode_error']:.4f}   (RMS of {nfes[0]} NFE against the exact solution)")
-    atomic_write(run.out / "metrics.json", lambda file: file.write(json.dumps(metrics, indent=1).encode()))
     print(f"{step} steps, {metrics['seconds']:.0f} s; wrote {run.out}/samples-{step:06d}.png")
 
 

@@ -48,7 +48,7 @@ def dry_run(cfg):
     options = net.options
     parameters, flops, fixed, sample = estimate(options, cfg.checkpointing)
     distills = teacher is not None and not isinstance(teacher, Mixture)
-    copies = 5 + distills  # net, EMA, gradient, Adam's two; the teacher
+    copies = 1 + 4 * cfg.trained() + distills  # EMA; net, gradient and Adam's two; the teacher
     weights = 4 * copies * parameters + fixed
     weights += distills * parameters * DTYPES[cfg.dtype].itemsize  # as the teacher's passes take them
     micro = cfg.micro or cfg.batch // WORLD

@@ -190,7 +190,8 @@ def load_init(net, cfg, data):
             anew |= {k for k in names if re.search(parts, k)}
     for k in sorted(names - anew):
         if k not in state or k not in old or state[k].shape != old[k].shape:
-            fail(f"{path} has another architecture than the flags ask for (at {k})")
+            hint = ", which knows strengths of guidance: give its --guidance_max" * (".guidance" in k)
+            fail(f"{path} has another architecture than the flags ask for (at {k}{hint})")
     if not next(net.parameters()).is_meta:  # as in --dry_run
         net.load_state_dict(state | {k: old[k] for k in names - anew})
 

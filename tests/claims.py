@@ -223,7 +223,9 @@ def own_steps(words):
 
 def training(folder, key):
     """Rows (step, value, lowest, highest) of log.jsonl over the seeds."""
-    logs = [[json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()] for out in folder]
+    with kit.reading(f"a log.jsonl in {folder} is damaged: delete its folder"):
+        logs = [[json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+                for out in folder]
     values = {}
     for line in sum(logs, []):
         if math.isfinite(line.get(key, math.inf)):
@@ -280,11 +282,14 @@ def spread(values, digits):
 
 
 def finished(command, out):
-    """Whether OUT holds this command's run, whole: the command was written after the checkpoint and log."""
-    kept, ckpt, log = (Path(out, name) for name in ("command.txt", "ckpt.pt", "log.jsonl"))
+    """Whether OUT holds this command's run, whole: the command was written after the checkpoint and log, and
+    after whatever run it starts from."""
+    kept, words = Path(out, "command.txt"), shlex.split(command)
+    origins = [run for flag, run in zip(words, words[1:]) if flag in ("--init", "--teacher") and "/" in run]
     with contextlib.suppress(OSError, ValueError):
-        same = shlex.split(kept.read_text()) == shlex.split(command)
-        return same and max(ckpt.stat().st_mtime, log.stat().st_mtime) <= kept.stat().st_mtime
+        times = [path.stat().st_mtime for path in (
+            Path(out, "log.jsonl"), *(Path(run, "ckpt.pt") for run in (out, *origins)))]
+        return shlex.split(kept.read_text()) == words and max(times) <= kept.stat().st_mtime
     return False
 
 
@@ -458,9 +463,6 @@ def run(name, args):
     first, jobs = jobs_of(name, args)
     if first:
         train_once(*first)
-        for kept in root.glob("*/command.txt"):
-            if kept.stat().st_mtime < (root / "first/command.txt").stat().st_mtime:
-                kept.unlink()  # a student of an earlier first run
 
     def train(job):
         try:
@@ -520,21 +522,28 @@ def main(argv=None):
         jobs += [first] * bool(first) + list(others.values())
     if jobs:
         print(f"{len(jobs)} runs, about {minutes(jobs, args)} minutes for what is not finished", flush=True)
+    if not args.names:
+        return print("\n".join(f"{name:18}{claim.paper}" for name, claim in CLAIMS.items()), flush=True)
     args.eval = evaluation.parse_args(["x", "--features", args.features, "--samples", str(args.samples)])
     args.tools = evaluation.make_tools(args.eval, torch.device("cpu"))
     with kit.reading(f"--out {args.out} is no folder to write to"):
         Path(args.out).mkdir(parents=True, exist_ok=True)
     end_at_sigterm()
+    failed = []
     try:
         for name in args.names:
-            dict(toy=toy, figure=figure, samplers=samplers).get(name, run)(name, args)
+            try:
+                dict(toy=toy, figure=figure, samplers=samplers).get(name, run)(name, args)
+            except SystemExit as stop:  # the others go on, but not after a signal
+                if stop.code != 2:
+                    raise
+                failed.append(name)
     except (KeyboardInterrupt, SystemExit):
         for child in CHILDREN:  # they save their step and end
             child.terminate()
         raise
-    if not args.names:
-        with contextlib.suppress(BrokenPipeError):  # whoever reads may stop early
-            print("\n".join(f"{name:18}{claim.paper}" for name, claim in CLAIMS.items()), flush=True)
+    if failed:
+        kit.fail(f"not done, as said above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

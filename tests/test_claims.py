@@ -3,6 +3,7 @@ table and chart."""
 import kit
 from conftest import SCRIPTS
 
+import os
 import shutil
 from pathlib import Path
 
@@ -56,6 +57,31 @@ def test_finished_runs_are_kept():
         ckpt = Path(claims.train_once(command + steps, "run"), "ckpt.pt")
         trained.append(ckpt.stat().st_mtime_ns)
     assert trained[0] == trained[1] < trained[2]
+
+
+def test_a_run_is_stale_once_what_it_starts_from_is_trained_anew():
+    """A student that is older than its teacher's checkpoint is not kept."""
+    command = "scm.py --teacher ./teacher"
+    for path in ("teacher/ckpt.pt", "run/ckpt.pt", "run/log.jsonl", "run/command.txt"):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text(command)
+    assert claims.finished(command, "run")
+    os.utime("teacher/ckpt.pt", (2**32, 2**32))
+    assert not claims.finished(command, "run")
+
+
+def test_a_claim_that_fails_does_not_end_the_others(monkeypatch, capsys):
+    """The ones after it are told, and at the end those that are not done, with exit code 2."""
+    def fails(command, out):
+        kit.fail("no disk")
+    monkeypatch.setattr(claims, "train_once", fails)
+    words = ["guidance", "figure", "--seeds", "1", "--out", "claims"]
+    monkeypatch.setattr(claims.losses, "draw", lambda path: None)
+    with pytest.raises(SystemExit) as stop:
+        claims.main(words)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and "losses.png" in printed.out
+    assert printed.err.splitlines()[-1].endswith("guidance")
 
 
 def test_the_toy_table(monkeypatch, capsys):

@@ -172,7 +172,7 @@ CASES = [  # script, words, what the line says
     (scm, ["--dry_run", "--out", "toy"], "holds a run already"),
     (scm, ["--export", "file", "--out", "toy"], "cannot write"),
     (evaluation, ["raw.npz"], "no samples"), (evaluation, ["run", "--image_size", "-1"], "--image_size"),
-    (evaluation, ["run", "--samples", "8", "--nfe", "1", "--out", "file"], "cannot write"),
+    (evaluation, ["run", "--samples", "8", "--nfe", "1", "--out", "file"], "no folder to write to"),
     (evaluation, ["module"], "which is none"), (evaluation, ["itself"], "which is none"),
     (scm, [*FOLDER, "nowhere"], "nowhere"), (scm, [*FOLDER, "noimages"], "no images"),
     (scm, [*FOLDER, "file"], "zip"), (scm, [*FOLDER, "broken.zip"], "zip"),

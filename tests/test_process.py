@@ -51,11 +51,12 @@ MEMORY = "out of memory: lower --batch, --micro or --channels"
 @pytest.mark.parametrize("raised, code, text", [
     ("MemoryError()", 2, MEMORY),
     ("torch.OutOfMemoryError('CUDA out of memory')", 2, MEMORY),
-    ("KeyboardInterrupt()", -signal.SIGINT, "stopped"), ("ValueError('a bug')", 1, "ValueError: a bug")])
+    ("KeyboardInterrupt()", -signal.SIGINT, "stopped"), ("ValueError('a bug')", 1, "ValueError: a bug"),
+    ("BrokenPipeError()", 128 + signal.SIGPIPE, "")])
 def test_last_words(raised, code, text):
-    """A lack of memory and Ctrl-C end in one line, without a promise of --resume where nothing was saved; a
-    bug keeps its traceback."""
+    """A lack of memory and Ctrl-C end in one line, without a promise of --resume where nothing was saved, a
+    closed pipe in none; a bug keeps its traceback."""
     words = [sys.executable, "-c", f"import kit, torch; raise {raised}"]
     done = subprocess.run(words, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    assert done.returncode == code and done.stderr.strip().splitlines()[-1] == text
+    assert done.returncode == code and done.stderr.strip().split("\n")[-1] == text
     assert ("Traceback" in done.stderr) == (code == 1)

@@ -15,6 +15,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,14 +199,21 @@ def student(folder, train):
 
 
 def test_resume_knows_data_and_teacher_by_content(student, folder, train, capsys):
-    """Moved data and a moved teacher are those of before; an added image and a retrained teacher are not."""
-    folder.rename("elsewhere")
+    """Copied data and a moved teacher are those of before; an added image, a changed one and a retrained
+    teacher are not."""
+    shutil.copytree(folder, "elsewhere", copy_function=shutil.copyfile)  # with new times
+    shutil.rmtree(folder)
     Path("teacher").rename("master")
     train("--resume", "--out", "run", "--steps", 2, "--data", "elsewhere", "--teacher", "master")
     Image.new("RGB", (8, 8)).save("elsewhere/a/new.png")
     line = one_line(capsys, scm.main, "--resume", "--out", "run", "--steps", 3)
     assert "other data" in line and "--data" in line
     Path("elsewhere/a/new.png").unlink()
+    first = Path("elsewhere/a/0.png")
+    before = first.read_bytes()
+    first.write_bytes(before[:-1] + b"?")  # as long as before
+    assert "other data" in one_line(capsys, scm.main, "--resume", "--out", "run", "--steps", 3)
+    first.write_bytes(before)
     again = [w if w != folder else "elsewhere" for w in student]
     train(*again, *SMALL_DIFFUSION, "--seed", 1, "--out", "master", "--overwrite")
     line = one_line(capsys, scm.main, "--resume", "--out", "run", "--steps", 3)

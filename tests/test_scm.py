@@ -260,7 +260,7 @@ def test_vsd_goes_on_from_the_usual_student(train, capsys):
     assert "out/scm" in line and "python scm.py," in line
     before = {k: v for k, v in train(*small)["ema"].items() if k.startswith(("first", "inner", "last"))}
     capsys.readouterr()
-    alone = train(*small, "--mode", "vsd", "--fake_first", 1)
+    alone = train(*small, "--mode", "vsd", "--fake_first", 1.0)
     assert "--init out/scm, as none was given" in capsys.readouterr().out
     assert all(torch.equal(before[name], alone["net"][name]) for name in before)
     moved = train(*small, "--mode", "vsd", "--fake_first", 0, "--overwrite", "true")

@@ -62,7 +62,7 @@ def test_every_mode_learns_the_ring(script, mode, train):
     short += ["--intervals", 20] * (mode == "direct")
     if "vsd" in mode:
         train(*short, script=scm)
-        short += ["--fake_first", 150, "--lr", 3e-4]
+        short += ["--fake_first", 0.75, "--lr", 3e-4]
     train(*short, "--mode", mode, "--out", "run", script=SCRIPTS[script])
     found = json.loads(Path("run/metrics.json").read_text())["energy_distance"]
     first = next(found[nfe] for nfe in ("1", "4", "35") if nfe in found)
