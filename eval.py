@@ -31,10 +31,10 @@ import common
 import kit
 from kit.config import foreign_values, make_config
 from kit.edm import read_pickle
+from kit.features import feature_network, text_scores
 from kit.metrics import (Moments, Reference, energy_distance, image_metrics, mode_shares, precision_recall,
                          rms, sliced_wasserstein)
-from kit.process import (RANK, WORLD, atomic_write, barrier, download, fail, gathered, reading,
-                         start_processes)
+from kit.process import RANK, WORLD, atomic_write, barrier, fail, gathered, reading, start_processes
 from kit.report import density, grid, write_npz
 from kit.toys import Mixture, exact_ode
 
@@ -50,13 +50,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as tnf
 from tqdm import tqdm
 
-INCEPTION = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
-             "inception-2015-12-05.pt")
-AESTHETIC = ("https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
-             "sac+logos+ava1-l14-linearMSE.pth")
 KEEP, SHOWN = 10_000, 16  # features that kid, precision and recall compare; images of a run in the picture
 # What a teacher's samples depend on.
 TEACHING = ("teacher", "pretrained", "first_label", "solver", "intervals", "guidance", "sigma_d", "dataset",
@@ -209,53 +204,6 @@ def adm_samples(file, path):
     return x if x.ndim == 2 else x.transpose(0, 3, 1, 2)
 
 
-# ---------------------------------------------------------------------------------------------- features
-def feature_network(name, weights, device):
-    """--features as a function: uint8 (B, 3, H, W) -> dict of features (B, d) and, if the network has them,
-    class probabilities (B, K)."""
-    if name == "pixels":
-        return lambda x: dict(features=x.flatten(1).float() / 255)
-    if name == "dinov2":
-        from transformers import AutoModel
-        net = pretrained(AutoModel, weights, "facebook/dinov2-large", "--weights").to(device).eval()
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1).to(device)
-
-        def dinov2(x):  # the class token after the last norm, of images resized to 224
-            x = tnf.interpolate(x.to(device) / 255, (224, 224), mode="bicubic", antialias=True)
-            return dict(features=net((x - mean) / std).pooler_output.cpu())
-        return dinov2
-    path = Path(weights or "data/inception-2015-12-05.pt") if name == "inception" else Path(name)
-    if name == "inception" and not weights:
-        download(INCEPTION, path)
-    with reading(f"{path} is no TorchScript module"):
-        if not path.exists():
-            fail(f"no feature network at {path}: give inception, dinov2, pixels or a TorchScript file")
-        net = torch.jit.load(path, map_location=device).eval()
-
-    def script(x):
-        x, known = x.to(device), [argument.name for argument in net.forward.schema.arguments]
-        if "return_features" not in known:
-            return dict(features=net(x).flatten(1).cpu())
-        plain = dict(no_output_bias=True) if "no_output_bias" in known else {}  # as the score is defined
-        # NVIDIA's Inception-v3
-        return dict(features=net(x, return_features=True).cpu(), probabilities=net(x, **plain).cpu())
-
-    def checked(x):
-        with reading(f"{path} does not turn uint8 images (B, 3, H, W) into features (B, d)"):
-            found = script(x)
-            if len(found["features"]) != len(x) or not found["features"].isfinite().all():
-                raise ValueError("its features are not all finite, or not one row an image")
-            return found
-    return checked
-
-
-def pretrained(kind, given, hub, flag):
-    """A network of transformers from the folder or hub id given with flag, else from the hub."""
-    with reading(f"cannot load {given or hub}: download https://huggingface.co/{hub} and give its folder "
-                 f"with {flag}"):
-        return kind.from_pretrained(given or hub)
-
-
 # ----------------------------------------------------------------------------------------------- reference
 def load_reference(args, cfg, features):
     """--reference. EDM's .npz (mu, sigma) and EDM2's .pkl (fid, fd_dinov2) hold moments alone; ADM's .npz
@@ -334,40 +282,6 @@ def read_moments(table, path):
         if sigma.shape != 2 * mu.shape:
             raise ValueError(f"shapes {mu.shape} and {sigma.shape}")
     return mu, sigma
-
-
-# ------------------------------------------------------------------------------------------- text to image
-def text_scores(args, device):
-    """A function: uint8 images (B, 3, H, W) and B prompts -> dict of CLIP and aesthetic scores, (B,) each."""
-    from transformers import CLIPModel, CLIPProcessor
-    clip, processor = (pretrained(kind, args.clip, "openai/clip-vit-large-patch14", "--clip")
-                       for kind in (CLIPModel, CLIPProcessor))
-    clip.to(device).eval()
-    path = Path(args.aesthetic or "data/sac+logos+ava1-l14-linearMSE.pth")
-    if not args.aesthetic:
-        download(AESTHETIC, path)
-    with reading(f"{path} is not LAION's aesthetic predictor, {AESTHETIC}"):
-        state = torch.load(path, map_location=device, weights_only=True)
-        layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in (0, 2, 4, 6, 7)]
-
-    def scores(x, prompts):
-        inputs = processor(text=prompts, images=list(x), return_tensors="pt", padding=True, truncation=True)
-        out = clip(**inputs.to(device))
-        h = out.image_embeds                      # (B, 768), like the text's of unit length
-        for weight, bias in layers:               # no nonlinearity between them
-            h = h @ weight.T + bias
-        cosine = (out.image_embeds * out.text_embeds).sum(1)
-        return dict(clip_score=cosine.cpu(), aesthetic_score=h[:, 0].cpu())
-    return scores
-
-
-def read_prompts(path):
-    """Lines of a text file; None without one."""
-    if not path:
-        return None
-    with reading(f"cannot read --prompts {path}"):
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    return lines or fail(f"--prompts {path} is empty")
 
 
 # ---------------------------------------------------------------------------------------------------- main
@@ -491,6 +405,15 @@ def image_reference(run, args, tools):
     return tools.references[key]
 
 
+def read_prompts(path):
+    """Lines of a text file; None without one."""
+    if not path:
+        return None
+    with reading(f"cannot read --prompts {path}"):
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return lines or fail(f"--prompts {path} is empty")
+
+
 def title(path, runs):
     """The path, without the folders that all runs share."""
     folders = [Path(run).resolve().parent for run in runs or [path]]
@@ -558,9 +481,9 @@ def main(argv=None):
 
 def make_tools(args, device):
     """What all runs share: feature network, scores, prompts, and what the first of them has found."""
-    prompts = read_prompts(args.prompts)
-    return SimpleNamespace(features=feature_network(args.features, args.weights, device), prompts=prompts,
-                           scores=text_scores(args, device) if prompts else None, references={}, teachers={})
+    features, prompts = feature_network(args.features, args.weights, device), read_prompts(args.prompts)
+    return SimpleNamespace(features=features, prompts=prompts, references={}, teachers={},
+                           scores=text_scores(args.clip, args.aesthetic, device) if prompts else None)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Each file has one subject and imports only files below it:
 
     report      pictures, the report at the end of training, --sample and --export
     metrics     distances and scores
+    features    networks that judge images, for eval.py
     run         one training run: optimizer, averages, log, save, resume; the forecast of memory
     config      the shared flags, the presets of the datasets, the command line
     teachers    checkpoints -> networks
