@@ -52,7 +52,7 @@ class Config:
     lora_rank: int = fixed(64, least=1)  # text to image: rank of the adapters, and their alpha
     first_label: int = fixed(0)  # text to image: label of the first noise level
     prompt: str = call("")  # text to image: what to --sample
-    out: str = free("")  # the run's folder; "" is out/SCRIPT (gmm, first mode), or out/SCRIPT-DATASET-MODE
+    out: str = free("")  # the run's folder; "" is out/SCRIPT (gmm, default mode) or out/SCRIPT-DATASET-MODE
     image_size: int = inherited(0)  # crop and resize images to this many pixels; 0 leaves them as they are
     flip: bool = False  # mirror half of the training images, at random
     conditional: bool = inherited(False)  # train a class-conditional network

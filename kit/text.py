@@ -25,8 +25,8 @@ class Epsilon(nn.Module):
 
     Angles become steps along log(sigma / alpha). Beyond the first and last step it is called with those. What
     extends this says what eps(z, step, y) is, for z of the variance-preserving process. It may also be v =
-    alpha eps - sigma x_0, if `prediction` says so, as diffusers calls it. So a DiT
-    of diffusers teaches on its latents, with --sigma_d 1, if train() has teacher = DiT(FOLDER):
+    alpha eps - sigma x_0, if `prediction` says so, as diffusers calls it. So a DiT of diffusers teaches on
+    its latents, with --sigma_d 1 and --teacher exact, if own_dataset's object has teacher = DiT(FOLDER):
 
         class DiT(kit.Epsilon):
             def __init__(self, path):
