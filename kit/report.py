@@ -142,12 +142,15 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
     if step == cfg.steps:
         run.bar.n = step  # tqdm itself lags behind, and would end below 100 %
         run.bar.close()
-    tqdm.write("drawing samples" + (" and solving the ODE exactly, about 4 s" if toy else ""))
+    solves = toy and run.exact is None
+    tqdm.write("drawing samples" + " and solving the ODE exactly, about 4 s" * solves)
     if points:
         fresh, other = (data.batch(Draw(cfg.seed, 2**32 + i, 0, n, run.device))[0] for i in (0, 1))
         columns, distances = {"data": fresh}, {"data": energy_distance(other, fresh)}
     if toy:
-        exact = columns["exact ODE"] = exact_ode(data, noise, y, cfg.sigma_d)
+        if solves:  # the same in all reports of a run
+            run.exact = exact_ode(data, noise, y, cfg.sigma_d)
+        exact = columns["exact ODE"] = run.exact
         distances = {"ode": energy_distance(exact, fresh)} | distances
     elif isinstance(teacher, nn.Module) and not isinstance(teacher, TextToImage):  # that one needs guidance
         solved = solve(teacher, noise, ode_times(18, cfg.sigma_d), y, cfg.sigma_d)

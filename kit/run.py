@@ -180,6 +180,7 @@ class Run:
         self.began = time.time()  # moved back by what earlier sittings of a resumed run took
         self.lines = None if cfg.resume else []  # of the log, until the run's first checkpoint
         self.frames = {}  # of samples.gif: points that the network sampled, by step
+        self.exact = None  # of a mixture: the ODE's solutions from the report's noise
         self.micro = 0
         self.device = start_processes()
         check_out(cfg)
