@@ -100,7 +100,8 @@ def distances(x, y):
 
 def reach(x, k=3):
     """Distance of each of the features (N, d) to its k-th neighbour, (N,)."""
-    return torch.cat([d.kthvalue(min(k + 1, len(x))).values for d in distances(x, x)])  # the first is itself
+    nearest = (d.topk(min(k + 1, len(x)), largest=False).values for d in distances(x, x))  # itself among them
+    return torch.cat([d.amax(1) for d in nearest])
 
 
 def precision_recall(samples, real, reach_real=None):
