@@ -34,7 +34,7 @@ from kit.edm import read_pickle
 from kit.features import feature_network, text_scores
 from kit.metrics import (Moments, Reference, energy_distance, image_metrics, mode_shares, precision_recall,
                          rms, sliced_wasserstein)
-from kit.process import RANK, WORLD, atomic_write, barrier, fail, gathered, reading, start_processes
+from kit.process import RANK, WORLD, atomic_write, barrier, fail, gathered, progress, reading, start_processes
 from kit.report import density, grid, write_npz
 from kit.toys import Mixture, exact_ode
 
@@ -50,7 +50,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 KEEP, SHOWN = 10_000, 16  # features that kid, precision and recall compare; images of a run in the picture
 # What a teacher's samples depend on.
@@ -148,7 +147,7 @@ class File:
 
 def rounds(n, batch, desc):
     """(lo, hi) of the rows that this process takes, `batch` at a time; lo = hi where none is left."""
-    for lo in tqdm(range(0, n, batch * WORLD), desc=desc, leave=False, disable=None if RANK == 0 else True):
+    for lo in progress(range(0, n, batch * WORLD), desc=desc, leave=False):
         yield min(lo + RANK * batch, n), min(lo + (RANK + 1) * batch, n)
 
 

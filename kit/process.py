@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import datetime
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -186,6 +187,22 @@ def end_at_sigterm():
         signal.signal(signal.SIGTERM, terminated)
 
 
+class Lines(io.TextIOBase):
+    """stderr for a progress bar that is not on a terminal: each of its states on a line of its own."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+
+def progress(items=None, every=60, **about):
+    """A progress bar (tqdm) on rank 0. Where stderr is no terminal it is a line every so many seconds, and
+    none for what takes less."""
+    form = dict(mininterval=every, delay=every, file=Lines())
+    form = dict(mininterval=0.5) if sys.stderr.isatty() else form
+    return tqdm(items, disable=RANK > 0, **form | about)
+
+
 # -------------------------------------------------------------------------------------------------- files
 
 UNFINISHED = ".unfinished-by-kit"  # ends the names of temporary files, which nobody else would choose
@@ -273,7 +290,7 @@ def download(url, path, md5=""):
         with reading(f"cannot download {url}: fetch it yourself and put it at {path}"), \
                 urllib.request.urlopen(url, timeout=60) as response:
             size, digest = int(response.headers.get("Content-Length", 0)), hashlib.md5()
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+            with progress(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
                 while chunk := response.read(2**20):
                     file.write(chunk)
                     digest.update(chunk)

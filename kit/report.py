@@ -2,7 +2,7 @@
 from common import Draw, ode_times, solve
 from kit.config import dataset, to_pixels
 from kit.metrics import energy_distance, rms
-from kit.process import HINTS, RANK, alone, atomic_write, fail, reading
+from kit.process import HINTS, RANK, alone, atomic_write, fail, progress, reading
 from kit.teachers import load_net, read_checkpoint
 from kit.text import TextToImage
 from kit.toys import Mixture, exact_ode
@@ -241,7 +241,7 @@ def write_samples(cfg, sample):
         fail(f"--label {cfg.label}: {valid}")
     HINTS["memory"] = "--sample fewer, with other seeds"
     at_once, parts, labels = max(1, min(1024, 2**22 // math.prod(shape))), [], []  # 341 of 64 x 64 pixels
-    lo, bar = 0, tqdm(total=cfg.sample, desc="sample", disable=None)
+    lo, bar = 0, progress(total=cfg.sample, desc="sample")
     while lo < cfg.sample:
         part = lo, min(lo + at_once, cfg.sample)
         noise, y, gen = noise_and_labels(cfg, shape, classes, *part, cfg.seed, device)

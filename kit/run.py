@@ -4,7 +4,8 @@ from kit.data import Stored
 from kit.layers import DTYPES
 from kit.networks import build
 from kit.process import (HINTS, RANK, WORLD, atomic_write, barrier, end_at_sigterm, fail, is_ours,
-                         keep_freed_memory, lock_folder, reading, start_processes, write_together, writing)
+                         keep_freed_memory, lock_folder, progress, reading, start_processes, write_together,
+                         writing)
 from kit.teachers import init_path, load_init, load_teacher, network, read_checkpoint, shorten
 from kit.text import Captions, TextToImage
 from kit.toys import Mixture
@@ -13,7 +14,6 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
-import io
 import json
 import math
 import re
@@ -368,10 +368,9 @@ class Run:
     def steps(self, start):
         """The training steps, behind a progress bar, or with a line every 10 s if stderr is no terminal.
         SIGTERM and Ctrl-C let the step end and save it; a second one ends at once."""
-        self.start, tty = start, sys.stderr.isatty()
-        self.bar = tqdm(range(start, self.cfg.steps), initial=start, total=self.cfg.steps, disable=RANK > 0,
-                        desc=f"{self.out} {self.cfg.mode}", unit="step", dynamic_ncols=True,
-                        mininterval=0.5 if tty else 10, file=None if tty else Lines())
+        self.start = start
+        self.bar = progress(range(start, self.cfg.steps), 10, initial=start, total=self.cfg.steps, delay=0,
+                            desc=f"{self.out} {self.cfg.mode}", unit="step", dynamic_ncols=True)
         before = {}
         with contextlib.suppress(ValueError):  # not in the main thread
             before = {number: signal.signal(number, self.stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -428,11 +427,3 @@ def digest(net):
         flat = p.detach().flatten()
         found.update(repr((tuple(p.shape), flat[::max(1, len(flat) // 64)].float().tolist())).encode())
     return found.hexdigest() if frozen else ""
-
-
-class Lines(io.TextIOBase):
-    """stderr for a progress bar that is not on a terminal: each of its states on a line of its own."""
-
-    def write(self, text):
-        if text.strip():
-            sys.stderr.write(text.strip() + "\n")

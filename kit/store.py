@@ -1,12 +1,11 @@
 """Rows of images, latents or embeddings on disk: made once, by all processes together, then read in place."""
-from kit.process import agreed, atomic_write, barrier, fail, lock_folder, reading, share, together
+from kit.process import agreed, atomic_write, barrier, fail, lock_folder, progress, reading, share, together
 
 import contextlib
 import json
 import time
 
 import numpy as np
-from tqdm import tqdm
 
 PART = 1024  # rows of a file
 
@@ -93,8 +92,8 @@ def open_store(folder, prepare, about=None, batch=256, dry=False):
         apart = f"{folder} is not seen by all processes: give them a common disk, or each node a copy"
         waited((folder / "about.json").exists) or fail(apart)
         mine = range(rank * PART, len(names), world * PART)
-        with tqdm(total=sum(min(PART, len(names) - lo) for lo in mine), desc=f"write {folder.name}",
-                  unit="row", disable=None if rank == 0 else True) as bar:
+        count = sum(min(PART, len(names) - lo) for lo in mine)
+        with progress(total=count, desc=f"write {folder.name}", unit="row") as bar:
             for lo in mine:
                 hi, path, rows = min(lo + PART, len(names)), part_path(folder, lo), []
                 if not is_whole(path, hi - lo):

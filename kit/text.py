@@ -2,7 +2,7 @@
 from common import like
 from kit.data import autoencoder, decode, decode_latents, fingerprint, to_uint8
 from kit.layers import DTYPES
-from kit.process import fail, reading, writing
+from kit.process import fail, progress, reading, writing
 from kit.store import open_store
 
 import copy
@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 
 class Epsilon(nn.Module):
@@ -165,8 +164,7 @@ def text_encoder(pretrained, device):
     @torch.no_grad()
     def encode(captions):
         rows = []
-        quick = len(captions) <= 16
-        for caption in tqdm(captions, "read captions", leave=False, disable=True if quick else None):
+        for caption in progress(captions, desc="read captions", leave=False):
             prompt, _, *pooled = pipe.encode_prompt(caption, device=device, num_images_per_prompt=1,
                                                     do_classifier_free_guidance=False)
             pooled = pooled[0][0] if pooled else prompt.new_zeros(0)

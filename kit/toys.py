@@ -1,6 +1,6 @@
 """Toy data: mixtures of Gaussians, each its own exact teacher, and drawn shapes."""
 from common import Draw, ode_times, solve
-from kit.process import RANK
+from kit.process import progress
 
 import math
 
@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import nn
-from tqdm import tqdm
 
 EXACT_STEPS = 256  # Heun steps that count as the exact solution: on the toy, within an RMS of 4e-5 of it
 
@@ -94,8 +93,7 @@ def draw_shapes(cfg, count=8000):
     size = cfg.image_size or 16
     rng = np.random.default_rng(0)
     images, labels = np.empty((count, 3, size, size), np.uint8), rng.integers(8, size=count)
-    quiet = None if RANK == 0 else True  # on rank 0 only where there is a terminal
-    for i, label in enumerate(tqdm(labels, "drawing shapes", leave=False, disable=quiet)):
+    for i, label in enumerate(progress(labels, desc="drawing shapes", leave=False)):
         x, y, r = np.array([*rng.uniform(0.35, 0.65, 2), rng.uniform(0.15, 0.3)]) * 4 * size
         hue = rng.integers(0, 35) if label < 4 else rng.integers(120, 180)
         picture = Image.new("HSV", (4 * size, 4 * size), (0, 0, int(rng.integers(15, 60))))

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,7 +33,7 @@ import eval as evaluation
 import kit
 import losses
 import multistep_cm
-from kit.process import end_at_sigterm
+from kit.process import end_at_sigterm, progress
 
 
 @dataclass
@@ -375,13 +374,13 @@ def toy(_, args):
 
     root = Path(args.out, "toy")
     runs, jobs = toy_jobs(args)
-    with workers(args.jobs) as pool, tqdm(total=len(runs), desc="toy", disable=None) as bar:
+    with workers(args.jobs) as pool, progress(total=len(runs), desc="toy") as bar:
         for later in (False, True):  # vsd goes on from a finished scd
             for _ in pool.map(train_once, *zip(*(job for job in jobs if ("--init" in job[0]) == later))):
                 bar.update()
     outs = [out for _, out in jobs]
     found, sheet = {}, {}
-    for (script, mode, _, k), out in tqdm(zip(runs, outs), total=len(runs), desc="sample", disable=None):
+    for (script, mode, _, k), out in progress(zip(runs, outs), total=len(runs), desc="sample"):
         own = evaluation.evaluate(out, (k,) if k else nfes(script, mode), args.eval, args.tools, "cpu")
         for (_, nfe), (row, picture) in own.items():
             found.setdefault((script, mode), []).append(row)
@@ -474,7 +473,7 @@ def run(name, args):
         except SystemExit:  # the script has said why, such as a loss that is not finite
             return ""
     with workers(args.jobs) as pool:
-        outs = list(tqdm(pool.map(train, jobs.values()), total=len(jobs), desc=name, disable=None))
+        outs = list(progress(pool.map(train, jobs.values()), total=len(jobs), desc=name))
     if not any(outs):
         kit.fail(f"{name}: no run came to its end; the lines above say why")
     cells, folders = {}, {}

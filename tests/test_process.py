@@ -60,3 +60,11 @@ def test_last_words(raised, code, text):
     done = subprocess.run(words, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert done.returncode == code and done.stderr.strip().split("\n")[-1] == text
     assert ("Traceback" in done.stderr) == (code == 1)
+
+
+def test_progress_without_a_terminal(capsys):
+    """Lines instead of a bar that overwrites itself, and none for what takes less than their interval."""
+    assert list(kit.process.progress(range(3))) == [0, 1, 2] and capsys.readouterr().err == ""
+    list(kit.process.progress(range(3), every=0, desc="write"))
+    printed = capsys.readouterr().err
+    assert "\r" not in printed and "write: 100%" in printed.splitlines()[-1]
