@@ -263,7 +263,8 @@ def draw(claim, folders, cells, path):
         kit.fail("charts need matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(charts), figsize=(6 * len(charts), 3.4), layout="constrained")
+    form = dict(figsize=(6 * len(charts), 3.4), layout="constrained", squeeze=False)
+    figure, (axes,) = pyplot.subplots(1, len(charts), **form)
     for (title, lines), at in zip(charts.items(), axes):
         for label, line in lines.items():
             x, mean, low, high = zip(*line)
