@@ -56,8 +56,8 @@ def read_checkpoint(source):
         path = path if path.is_file() or path.suffix and not path.is_dir() else path / "ckpt.pt"
         if not path.exists():
             inside = [str(p.parent) for p in sorted(path.parent.glob("*/ckpt.pt"))]
-            others = f"; there are runs in {', '.join(inside)}" if inside else f"; {KNOWN_NAMES}"
-            fail(f"no checkpoint at {path}{others}")
+            others = "train it first" if path.parts[0] == "out" else KNOWN_NAMES
+            fail(f"no checkpoint at {path}; " + (f"there are runs in {', '.join(inside)}" if inside else others))
     stamp = path.stat()
     return dict(read_file(path, stamp.st_mtime_ns, stamp.st_size))
 
