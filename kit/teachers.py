@@ -40,7 +40,8 @@ def find(source):
         return path
     if source == "help":
         fail(f"{KNOWN_NAMES}; a run's folder, a file, a URL and a hub id of diffusers will do as well")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not Path(source).parent.exists():
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not source.startswith("out/")
+    if hub_id and not Path(source).parent.exists():
         return source
     return Path(source)
 
@@ -56,8 +57,8 @@ def read_checkpoint(source):
         path = path if path.is_file() or path.suffix and not path.is_dir() else path / "ckpt.pt"
         if not path.exists():
             inside = [str(p.parent) for p in sorted(path.parent.glob("*/ckpt.pt"))]
-            others = "train it first" if path.parts[0] == "out" else KNOWN_NAMES
-            fail(f"no checkpoint at {path}; " + (f"there are runs in {', '.join(inside)}" if inside else others))
+            hint = "train it first" if path.parts[0] == "out" else KNOWN_NAMES
+            fail(f"no checkpoint at {path}; {'there are runs in ' + ', '.join(inside) if inside else hint}")
     stamp = path.stat()
     return dict(read_file(path, stamp.st_mtime_ns, stamp.st_size))
 

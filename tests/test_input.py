@@ -204,6 +204,7 @@ CASES = [  # script, words, what the line says
       for name in ("tuples.pt", "floats.pt", "nans.pt")],
     (evaluation, ["run", "--reference", LONG], LONG[:50]),
     (evaluation, ["run", "--features", LONG], LONG[:50]),
+    (scm, ["--sample", "4", "--out", "out/scm"], "train it first"),
     (evaluation, ["nowhere"], "no checkpoint"), (evaluation, ["run", "nowhere"], "nowhere"),
     (evaluation, [], "runs"), (evaluation, ["run", "--nfe", "0"], "at least 1"),
     (evaluation, ["run", "--samples", "1"], "at least 2"), (evaluation, ["one.npz"], "at least 2"),
