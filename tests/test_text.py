@@ -186,7 +186,7 @@ def test_start_from_trained_adapters_and_other_pipelines(words, pipeline, capsys
 def test_table_of_teacher_and_student(words, tmp_path, monkeypatch):
     """eval.py --reference teacher: a student with untrained adapters and one solver step is the teacher, so E
     and the distance are 0; with more steps they are not."""
-    monkeypatch.setattr(evaluation, "text_scores", lambda args, device: None)
+    monkeypatch.setattr(evaluation, "text_scores", lambda clip, aesthetic, device: None)
     (tmp_path / "prompts.txt").write_text("a disc\na square\na pentagon\n")
     flags = ["run", "--prompts", "prompts.txt", "--reference", "teacher", "--clip", "none"]
     direct_cm.main([*words, "--out", "run", "--mode", "cm", "--steps", "1", "--lr", "0", "--guidance", "1"])
