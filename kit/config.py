@@ -351,7 +351,7 @@ def make_parser(Config, script, modes):
         reader = {bool: read_bool, tuple: read_numbers}.get(field.type, field.type)
         group.add_argument("--" + field.name, choices=choices,
                            metavar="|".join(filter(None, choices or [field.name.upper()])),
-                           help=f"{comment[field.name]} [{default}]".replace("%", "%%"),
+                           help=f"{comment.get(field.name, '')} [{default}]".replace("%", "%%"),
                            type=str if choices else reader,
                            **(dict(nargs="?", const=True) if field.type is bool else {}))
     return parser

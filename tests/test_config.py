@@ -119,6 +119,18 @@ def test_help_shows_the_method_first(script, capsys):
     assert text.index("--mode ") < text.index("--dataset ")
 
 
+@dataclasses.dataclass
+class Uncommented(kit.Config):
+    mode: str = kit.fixed("a")
+    own: float = 1.0
+
+
+def test_a_field_needs_no_comment():
+    """A flag without a comment has no words of help, and works."""
+    cfg = kit.parse_args(Uncommented, {"gmm": {}}, {"a": None}, ["--own", "2"])
+    assert (cfg.mode, cfg.own) == ("a", 2.0)
+
+
 def config_of(out):
     return json.loads(Path(out, "config.json").read_text())
 
