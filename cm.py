@@ -43,6 +43,7 @@ EDITS = ("inpaint", "colorize", "superres", "stroke", "denoise", "interpolate", 
 @dataclass
 class Config(kit.Config):
     foreign = {"CMStochasticIterativeScheduler": dict(dataset="folder", mode="cd")}  # OpenAI's, by diffusers
+    distilling = ("cd", "ctcd")  # the modes that need a teacher
     mode: str = kit.fixed("cd")  # training objective
     P_mean: float = -1.1  # diffusion, ict: mean of log(t)
     P_std: float = 2.0  # standard deviation of log(t)
@@ -66,9 +67,6 @@ class Config(kit.Config):
 
     def needs_steps(self):
         return super().needs_steps() or self.mode in ("ct", "ict")
-
-    def distills(self):
-        return self.mode in ("cd", "ctcd")
 
     def loss_bytes(self):
         return 2**26 if self.metric.startswith("lpips") else 0  # VGG's activations
@@ -110,7 +108,6 @@ PRESETS = {
     "folder --mode cd": dict(lr=5e-4),  # two steps are better than with 2e-3
     **{f"{dataset} --mode ct": CT for dataset in ("shapes", "folder")},
     **{f"{dataset} --mode ict": ICT for dataset in ("shapes", "folder")},
-    # FID of 1 / 2 steps: cd (lpips) 3.55 / 2.93, ct 8.70 / 5.83, ict 2.83 / 2.46
     # DEPARTS: paper NCSN++ for all; here DDPM++
     "cifar10": dict(batch=512, steps=800_000, lr=4e-4, beta2=0.999, ema_halflife=3.5e6, metric="lpips",
                     sigmas=(80.0, 0.585), c_noise="log", flip=True),
@@ -118,17 +115,14 @@ PRESETS = {
     "cifar10 --mode ict": ICT | dict(batch=1024, steps=400_000, lr=1e-4, dropout=0.3, ema_halflife=1e7),
     "cifar10 --mode ctcd": dict(lr=5e-6, steps=400_000, dropout=0.3, metric="l2"),
     "cifar10 --mode ctct": dict(lr=5e-6, steps=400_000, dropout=0.3, metric="l2"),
-    # FID of 1 / 2 steps: cd 6.20 / 4.70, ct 13.0 / 11.1, ict 4.02 / 3.20
     # DEPARTS: paper ADM's U-Net and a teacher by EDM's recipe; here EDM2's, in size S (see kit/config.py)
     "imagenet64": dict(steps=600_000, lr=8e-6, optimizer="radam", beta2=0.999, ema_sigma_rel=0.0,
                        ema_halflife=25e6, points=40, mu=0.95, metric="lpips_avg", sigmas=(80.0, 1.382),
                        flip=True, dtype="fp16"),
     "imagenet64 --mode diffusion": dict(mu=0.0),
     # DEPARTS: paper trains these two on CIFAR-10 alone; here its learning rate stands for want of another
-    "imagenet64 --mode ctcd": dict(mu=0.0, lr=5e-6, metric="l2"),
-    "imagenet64 --mode ctct": dict(mu=0.0, lr=5e-6, metric="l2"),
-    "imagenet64 --mode ct": dict(init="none", steps=800_000, mu_steps=800_000, lr=1e-4, intervals_start=2,
-                                 intervals=200, sigmas=(80.0, 1.913)),
+    **{f"imagenet64 --mode {mode}": dict(mu=0.0, lr=5e-6, metric="l2") for mode in ("ctcd", "ctct")},
+    "imagenet64 --mode ct": CT | dict(mu=0.95, intervals=200, steps=800_000, lr=1e-4, sigmas=(80.0, 1.913)),
     "imagenet64 --mode ict": ICT | dict(batch=4096, steps=800_000, lr=1e-4, mu=0.0, dropout=0.2,
                                         ema_halflife=9.5e7, sigmas=(80.0, 1.526)),
 }
@@ -210,28 +204,12 @@ def denoise(net, x_t, t, y, cfg, return_w=False):
 
 
 # ---------------------------------------------------------------------------------------------------- loss
-@functools.cache
-def vgg(device, pool):
-    """LPIPS's network, with pooling layers of the given kind."""
-    try:
-        import lpips as package
-    except ImportError:
-        kit.fail("--metric lpips needs a package that is not in requirements.txt: pip install lpips")
-    with kit.reading("--metric lpips needs VGG-16's weights, which torchvision downloads once"):
-        net = package.LPIPS(net="vgg", verbose=False)
-    for part in list(net.net.modules()):
-        for name, layer in part.named_children():
-            if isinstance(layer, torch.nn.MaxPool2d):
-                setattr(part, name, pool(2))
-    return net.to(device).requires_grad_(False)
-
-
 def lpips(a, b, pool=torch.nn.MaxPool2d):
     """LPIPS of images enlarged to 224 pixels, as in OpenAI's code. lpips_avg has the average pooling of its
     ImageNet runs (piq's LPIPS with replace_pooling)."""
-    a, b = (torch.nn.functional.interpolate(x, 224, mode="bilinear") if x.shape[-1] < 256 else x
-            for x in (a, b))
-    return vgg(a.device, pool)(a, b).flatten()
+    if a.shape[-1] < 256:
+        a, b = (torch.nn.functional.interpolate(x, 224, mode="bilinear") for x in (a, b))
+    return kit.lpips_network(a.device, pool)(a, b).flatten()
 
 
 def pseudo_huber(a, b):
@@ -345,8 +323,7 @@ def train(cfg):
     run = kit.Run(cfg)
     data = kit.dataset(cfg, run.device)
     teacher = kit.load_teacher(cfg, data, run.device)  # <- method
-    head = cfg.uncertainty and cfg.mode == "diffusion"  # <- method
-    net = kit.network(cfg, data, run.device, head=head)  # <- method
+    net = kit.network(cfg, data, run.device, head=cfg.uncertainty and cfg.mode == "diffusion")  # <- method
     target = copy.deepcopy(net) if target_decay(0, cfg) else net  # <- method: an average, or the live network
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = kit.make_optimizer(net, cfg)
@@ -412,7 +389,8 @@ def operator(name, shape, mask=None, patch=4):
         return (lambda x: x.view(-1, c, h // patch, patch, w // patch, patch).transpose(3, 4).flatten(4) @ Q,
                 lambda x: (x @ Q.T).unflatten(4, (patch, patch)).transpose(3, 4).reshape(-1, c, h, w),
                 torch.arange(patch * patch) == 0)
-    return (lambda x: x), (lambda x: x), mask > 0 if name == "inpaint" else torch.zeros(1, dtype=torch.bool)
+    known = mask > 0 if name == "inpaint" else torch.zeros(1, dtype=torch.bool)
+    return (lambda x: x), (lambda x: x), known
 
 
 @torch.no_grad()
@@ -424,12 +402,12 @@ def edit(net, cfg):
     noises at level 80, and blend, which is ours, from points between two noised images."""
     x, other, mask = (kit.read_image(path, net.options["shape"]) for path in (cfg.input, cfg.other, cfg.mask))
     first = cfg.sigma or (1.0 if cfg.edit in ("stroke", "denoise", "blend") else 80.0)
-    y = torch.tensor([cfg.label]) if net.options["classes"] else None
     gen = common.Draw(cfg.seed, 0, 0, 1)
 
     def estimate(x_t, sigma):
         t = torch.full(x_t.shape[:1], sigma, dtype=torch.float64)
-        return f(net, x_t, t, y if y is None else y.expand(len(t)), cfg).clamp(-1, 1)
+        y = torch.full(t.shape, cfg.label) if net.options["classes"] else None
+        return f(net, x_t, t, y, cfg).clamp(-1, 1)
 
     if cfg.edit == "denoise":
         return {"input": x, "result": estimate(x, first)}
@@ -457,11 +435,11 @@ def edit(net, cfg):
 def search(cfg, n=2000):
     """--search: greedily, the level of each further step whose samples come closest to the data. Prints and
     returns them."""
-    net, (real, _) = kit.load_net(cfg.out), kit.dataset(cfg).batch(common.Draw(0, 2**32, 0, n))
-    shape, sigmas = (net.options["shape"], net.options["classes"]), [80.0]
+    net, sigmas = kit.load_net(cfg.out), [80.0]
+    real, _ = kit.dataset(cfg).batch(common.Draw(0, 2**32, 0, n))
 
     def distance(sigma):
-        noise, y, gen = kit.noise_and_labels(cfg, *shape, 0, n, 0, "cpu")
+        noise, y, gen = kit.noise_and_labels(cfg, net, 0, n, 0, "cpu")
         trial = replace(cfg, sigmas=(*sigmas, sigma))
         return kit.distance(sample(net, noise, y, len(sigmas) + 1, trial, gen), real)
     while len(sigmas) < cfg.nfe:
@@ -478,9 +456,10 @@ def write_edit(cfg):
     """--edit: write a picture of the input, what the network is given of it, and the result."""
     net, path = kit.load_net(cfg.out), cfg.save or f"{kit.place(cfg.out)}/edit-{cfg.edit}.png"
     classes = net.options["classes"]
-    if not (0 if classes else -1) <= cfg.label < max(classes, 1):
-        kit.fail(f"--edit needs --label 0..{classes - 1} for this network" if classes else
-                 f"--label {cfg.label}: the network has no classes")
+    if classes and not 0 <= cfg.label < classes:
+        kit.fail(f"--edit needs --label 0..{classes - 1} for this network")
+    if not classes and cfg.label not in (-1, 0):
+        kit.fail(f"--label {cfg.label}: the network has no classes")
     if len(net.options["shape"]) == 1 or net.options["shape"][1] % cfg.patch:
         kit.fail("--edit needs a run on images, and --patch must divide their size")
     kit.panels({title: kit.to_pixels(x, cfg) for title, x in edit(net, cfg).items()}, path)

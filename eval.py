@@ -93,8 +93,7 @@ class Run:
         return self.part(self.solution(noise, y), noise, y)
 
     def start(self, lo, hi, seed):
-        shape, classes = self.net.options["shape"], self.net.options["classes"]
-        return kit.noise_and_labels(self.cfg, shape, classes, lo, hi, seed, self.device)
+        return kit.noise_and_labels(self.cfg, self.net, lo, hi, seed, self.device)
 
     def part(self, x0, noise, y):
         x = kit.to_pixels(x0, self.cfg)

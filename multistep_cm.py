@@ -45,6 +45,7 @@ import torch
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config(kit.Config):
+    distilling = ("cd", "pd")  # the modes that need a teacher
     mode: str = kit.fixed("cd")  # training objective
     student_steps: int = kit.fixed(4, least=1)  # segments of the ODE, and so sampling steps: 1, 2, 4, 8, 16
     teacher_steps: tuple = (64, 1280)  # T at the start and, growing log-linearly, from `anneal` on
@@ -60,9 +61,6 @@ class Config(kit.Config):
 
     def needs_steps(self):
         return super().needs_steps() or self.mode == "pd" or self.mode != "diffusion" and self.anneal > 0
-
-    def distills(self):
-        return self.mode in ("cd", "pd")
 
     def guides_teacher(self):
         return self.guidance != 1
@@ -81,8 +79,6 @@ class Config(kit.Config):
             kit.fail("--x_var_data measures what --x_var_frac is a share of: give one above 0")
         if self.x_var_data and (self.mode, self.solver) != ("diffusion", "addim"):
             kit.fail("--x_var_data is for sampling by --solver addim, in --mode diffusion")
-        if self.guidance != 1 and not self.conditional:
-            kit.fail("--guidance needs --conditional, and a teacher trained with --label_dropout")
         if self.solver == "heun" and self.mode != "diffusion":
             kit.fail("--solver heun is a sampler of --mode diffusion; a teacher takes addim or ddim steps")
         steps = self.teacher_steps
@@ -105,21 +101,16 @@ PRESETS = {
                   emb_scale=4.0),
     "shapes": {},
     "folder": {},
-    # FID of 1 / 2 / 4 / 8 / 16 steps, small: ct 7.2 / 2.7 / 1.8 / 1.5 / 1.5, cd 4.3 / 2.0 / 1.7 / 1.6 / 1.5;
-    # L: ct 6.4 / 2.3 / 1.6 / 1.5 / 1.6, cd 3.2 / 1.9 / 1.6 / 1.4 / 1.4
     # DEPARTS: paper UViTs of 394 M and (L) 1.23 B; here EDM2's U-Nets of 280 M and 778 M
     # DEPARTS: paper names neither learning rate nor EMA; those here are ours, and EDM2's for teachers
     "imagenet64": dict(steps=200_000, lr=1e-4, noise_res=(32, 64, 64)),
     "imagenet64 --size S": dict(dropout=0.2, dropout_res=16),
     "imagenet64 --size S --mode diffusion": dict(dropout=0.2),
     "imagenet64 --size L": dict(dropout=0.1, dropout_res=32),
-    # FID of 4 / 8 / 16 steps, text to image: 8.7 / 8.1 / 7.9 with guidance 1.5, 12.4 / 13.9 / 14.4 with 4
     # DEPARTS: paper trains all of its own pixel model, 512 x 512, noise resolutions 32 to 512; here LoRA on a
     # pipeline's latents, with the plain cosine, and the learning rate of LCM-LoRA, as the paper names none
     "text": dict(steps=30_000, batch=2048, micro=1, student_steps=16, teacher_steps=(256, 256), anneal=0.0,
                  huber_c=1.0, guidance=1.5, lr=1e-4, ema_sigma_rel=0.0, ema_halflife=0.0, save_every=500),
-    # FID of 1 / 2 / 4 / 8 / 16 steps, cd with guidance of unknown strength: 8.5 / 3.1 / 2.4 / 2.1 / 2.0;
-    # L 7.0 / 3.1 / 2.3 / 2.1 / 2.0
     # DEPARTS: paper UViTs of 397 M and (L) 1.25 B and a multiscale loss; here U-Nets of 184 M and 736 M
     "imagenet128": dict(kit.EDM2_NET, image_size=128, conditional=True, batch=2048, steps=200_000, lr=1e-4,
                         channels=128, channel_mult=(1, 2, 3, 4, 4), dropout=0.1, dropout_res=16,
@@ -192,6 +183,21 @@ def noisy(x0, t, gen, cfg):
     return like(alpha, x0) * x0 + like(sigma, x0) * eps, eps
 
 
+@torch.no_grad()
+def ode_step(teacher, z_t, t, s, y, cfg, x0):
+    """One step of the teacher from t down to s. aDDIM's variance is measured on the output without guidance
+    (App. A.1)."""
+    x = x_star = f(teacher, z_t, t, y, cfg)
+    if cfg.guidance != 1:
+        x_star = common.guide(x, f(teacher, z_t, t, torch.full_like(y, -1), cfg), cfg.guidance)
+    if cfg.solver == "ddim":
+        return ddim(x_star, z_t, t, s, cfg)
+    x_var = analytic_variance(t, cfg)
+    if cfg.x_var_frac:
+        x_var = cfg.x_var_frac * (x - x0).square().flatten(1).mean(1)
+    return addim(x_star, z_t, x_var, t, s, cfg)
+
+
 # ----------------------------------------------------------------------------------- consistency function f
 def f(net, z_t, t, y, cfg):
     """The denoiser x(z_t, t): v-prediction, in TrigFlow's coordinates."""
@@ -238,21 +244,6 @@ def ct(net, target, teacher, x0, y, step, cfg, gen):
     return consistency(net, target, z_t, t, z_s, s, y, cfg, gen, t_step)
 
 
-@torch.no_grad()
-def ode_step(teacher, z_t, t, s, y, cfg, x0):
-    """One step of the teacher from t down to s. aDDIM's variance is measured on the output without guidance
-    (App. A.1)."""
-    x = x_star = f(teacher, z_t, t, y, cfg)
-    if cfg.guidance != 1:
-        x_star = common.guide(x, f(teacher, z_t, t, torch.full_like(y, -1), cfg), cfg.guidance)
-    if cfg.solver == "ddim":
-        return ddim(x_star, z_t, t, s, cfg)
-    x_var = analytic_variance(t, cfg)
-    if cfg.x_var_frac:
-        x_var = cfg.x_var_frac * (x - x0).square().flatten(1).mean(1)
-    return addim(x_star, z_t, x_var, t, s, cfg)
-
-
 def cd(net, target, teacher, x0, y, step, cfg, gen):
     """Consistency distillation."""
     t, s, t_step = times(gen, step, cfg)
@@ -293,7 +284,7 @@ LOSSES = {"diffusion": diffusion, "ct": ct, "cd": cd, "pd": pd}
 # ------------------------------------------------------------------------------------------------- sampler
 @torch.no_grad()
 def sample(net, noise, y, nfe, cfg, gen, x_var=None, path=None):
-    """noise ~ N(0, sigma_d^2 I) (B, ...) -> x. Alg. 2: one DDIM step a segment. `path` collects (t, z).
+    """noise ~ N(0, sigma_d^2 I) (B, ...) -> x. Alg. 2: one DDIM step a segment. `path` collects states.
 
     diffusion takes nfe steps of --solver: DDIM, aDDIM (Alg. 3) with the variances x_var (nfe,) or else the
     analytic ones, or Heun's on EDM's grid."""
@@ -345,8 +336,6 @@ def train(cfg):
 
     def show(step):
         kit.report(cfg, run, step, sample, ema, data, teacher, (cfg.student_steps,))  # <- method
-        if step == cfg.steps and teacher is data and cfg.mode != "diffusion" and kit.RANK == 0:  # <- method
-            compare(cfg, teacher)  # <- method
 
     for step in run.steps(start):
         if run.shows(step):
@@ -381,25 +370,6 @@ def train(cfg):
 
 
 # -------------------------------------------------------------------------------------------------- extras
-def compare(cfg, teacher):
-    """The energy distance of the exact teacher's own samples at the student's number of evaluations, printed
-    and as {name: distance}."""
-    gen, nfe, rows = common.Draw(12345 + cfg.seed, 0, 0, 5000, teacher.mean.device), cfg.student_steps, {}
-    noise = cfg.sigma_d * gen.normal(*teacher.shape)
-    y = gen.index(teacher.classes) if cfg.conditional else None
-    fresh, _ = teacher.batch(common.Draw(cfg.seed, 2**32, 0, 5000, teacher.mean.device))
-    for name in ("ddim", "addim", "addim, x_var measured", "heun"):
-        way, used = replace(cfg, mode="diffusion", solver=name.split(",")[0]), nfe
-        if name == "heun":
-            used = 2 * ((nfe + 1) // 2) - 1
-            if used == 1:
-                continue
-        sampler = measured(teacher, teacher, nfe, way) if "measured" in name else sample
-        rows[name] = kit.distance(sampler(teacher, noise, y, nfe, way, gen), fresh)
-        print(f"teacher, {name}, {used} NFE: {rows[name]:.5f}")
-    return rows
-
-
 PATH_STATES = 240  # states along a path of --figure, which is a multiple of each number of steps
 
 
@@ -407,20 +377,16 @@ def figure(cfg):
     """Fig. 1: paths from the same noise, evenly spread over its distribution, coloured by the mode that each
     ends in. Gray lines are the segments' ends."""
     noise = cfg.sigma_d * torch.special.ndtri((torch.arange(60) + 0.5) / 60)[:, None]
-    means, columns = kit.dataset(cfg).mean.flatten(), {}
-    for steps in (1, 2, 4, PATH_STATES):
-        path, ode = [], steps == PATH_STATES
+    data, columns = kit.dataset(cfg), {}
+    for title, steps in {"1 step": 1, "2 steps": 2, "4 steps": 4, "ODE": PATH_STATES}.items():
         part = replace(cfg, student_steps=steps, out=f"{cfg.out}/{steps}")
-        if ode:  # many DDIM steps of the exact teacher
-            net = kit.dataset(cfg)
-        else:
+        net, path, marks = data, [], []  # of the ODE: many DDIM steps of the exact teacher
+        if title != "ODE":
             train(part)
-            net = kit.load_net(part.out)
+            net, marks = kit.load_net(part.out), [i / steps for i in range(1, steps)]
         path.append(sample(net, noise, None, steps, part, None, path=path))
-        colours = [("#1f5aaa", "#d9660c")[k] for k in (path[-1] - means).abs().argmin(1)]
-        marks = [] if ode else [i / steps for i in range(1, steps)]
-        columns["ODE" if ode else f"{steps} step{'s' * (steps > 1)}"] = kit.lines(
-            torch.cat(path, 1), colours, marks, half=3.0)
+        colours = [("#1f5aaa", "#d9660c")[k] for k in (path[-1] - data.mean.flatten()).abs().argmin(1)]
+        columns[title] = kit.lines(torch.cat(path, 1), colours, marks, half=3.0)
     kit.panels(columns, f"{cfg.out}/paths.png")
     print(f"wrote {cfg.out}/paths.png")
 

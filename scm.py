@@ -13,8 +13,7 @@ F^- is F under stop-gradient. dx_t/dt comes from the teacher (scd) or is v_t, wh
 One JVP gives dF/dt. In vsd, F_fake is a diffusion model of the student's own one-step samples, and x_t is
 such a sample, noised. scd+vsd adds the two losses. Both go on from a finished scd student.
 
-The paper also lists FIDs of sCD in 2 to 16 segments. It says neither where these begin nor what the loss at
-their ends is, so they are absent here; multistep_cm.py has them in discrete time.
+Absent: sCD in 2 to 16 segments, whose ends and loss the paper does not give (see multistep_cm.py).
 
 Differs from cm.py by: 1) TrigFlow instead of EDM's process; 2) a tangent instead of a pair of times;
 3) a square loss with a learned weight; 4) a network (see kit/networks.py) whose derivative in t is bounded.
@@ -43,6 +42,7 @@ import torch
 # -------------------------------------------------------------------------------------------------- Config
 @dataclass
 class Config(kit.Config):
+    distilling = ("scd", "dscd", "vsd", "scd+vsd")  # the modes that need a teacher
     mode: str = kit.fixed("scd")  # training objective
     P_mean: float = -1.0  # mean of log(sigma) in training, where sigma = sigma_d tan(t)
     P_std: float = 1.4  # standard deviation of log(sigma) in training
@@ -51,7 +51,7 @@ class Config(kit.Config):
     warmup: int = 10000  # steps in which the unstable half of the tangent fades in; 0 is off
     weighting: Literal["adaptive", "none"] = "adaptive"  # learn w(t), or leave it at 0
     mid_t: float = 1.1  # time of the second sampling step, in radians
-    guidance_max: float = 1.0  # distillation: train for all strengths of guidance from 1 to this; 1 is off
+    guidance_max: float = kit.flag(1.0, least=1)  # distillation: strengths of guidance up to this; 1 is off
     guidance: float = 1.0  # strength of guidance in sampling; 1 is off
     intervals: int = kit.flag(1024, least=1)  # dscd: N, intervals of EDM's grid
     fake_first: float = kit.flag(0.0, most=1)  # vsd: first share of the steps, of the fake score alone
@@ -60,9 +60,6 @@ class Config(kit.Config):
 
     def begins_from(self):
         return "scd" if "vsd" in self.mode else ""  # App. C adds vsd to a trained scd
-
-    def distills(self):
-        return self.mode in ("scd", "dscd", "vsd", "scd+vsd")
 
     def guides_teacher(self):
         return self.guidance_max > 1
@@ -74,8 +71,6 @@ class Config(kit.Config):
         return 2 if "vsd" in self.mode else 1  # the fake score, too
 
     def check(self):
-        if self.guidance_max < 1:
-            kit.fail(f"--guidance_max must be at least 1, which is off, not {self.guidance_max}")
         if self.guidance == self.guidance_max == 1:
             return
         if not self.conditional:
@@ -110,17 +105,13 @@ PRESETS = {
     "folder": dict(warmup=200),
     # With 2e-3, shapes get noisier the longer it trains, and two steps on photographs are worse.
     **{key: dict(lr=5e-4) for key in ("shapes --mode scd", "folder --mode scd", "folder --mode sct")},
-    # FID of 1 / 2 steps: sct 2.85 / 2.06, scd 3.66 / 2.52; the teacher has 2.15. (Beside ECT, P_std is 1.8.)
     "cifar10": dict(batch=512, steps=400_000, lr=1e-4),
     "cifar10 --mode sct": dict(dropout=0.2),
-    # FID of 1 / 2 steps, S to XL: scd 2.97 / 2.07, 2.79 / 1.89, 2.43 / 1.70, 2.44 / 1.66; sct 3.23 / 2.93,
-    # 2.25 / 1.81, 2.08 / 1.57, 2.04 / 1.48; the teachers have 1.70, 1.55, 1.44, 1.38
     "imagenet64": dict(SCM_NET, steps=400_000, lr_ref=35_000, P_std=1.6),
     "imagenet64 --mode sct": dict(dropout=0.45, dropout_res=16),
-    # FID of 1 / 2 steps, scd: S 3.07 / 2.50 to XXL 2.28 / 1.88. --guidance is 1.5 (S) or 1.3 for one step,
-    # 1.4 (S) or 1.2 for two.
-    "imagenet512": dict(SCM_NET, steps=200_000, lr_ref=70_000, P_mean=-0.8, P_std=1.6, guidance_max=2.0),
-    "imagenet512 --mode diffusion": dict(label_dropout=0.1, guidance_max=1.0),
+    "imagenet512": dict(SCM_NET, steps=200_000, lr_ref=70_000, P_mean=-0.8, P_std=1.6, guidance_max=2.0,
+                        dropout_res=16),
+    "imagenet512 --mode diffusion": dict(label_dropout=0.1, guidance_max=1.0, dropout_res=0),
     "imagenet512 --mode sct": dict(steps=100_000, guidance_max=1.0),
     "imagenet512 --mode scd+vsd": dict(steps=20_000, warmup=0),
 }
@@ -128,10 +119,8 @@ for name, sizes in kit.EDM2_TEACHERS.items():  # a hundredth of the teachers' le
     PRESETS |= {f"{name} --size {size}": dict(lr=lr / 100) for size, (lr, *_) in sizes.items()}
 for size in kit.EDM2_TEACHERS["imagenet512"]:
     # DEPARTS: paper says "25 / 35 %" and "0 / 10 %"; here the lower ones for S, the higher for the others
-    low, key = size == "S", f"imagenet512 --size {size} --mode"
-    PRESETS[f"{key} sct"] = dict(dropout=0.25 if low else 0.35, dropout_res=16)
-    PRESETS |= {f"{key} {mode}": dict(dropout=0.0 if low else 0.1, dropout_res=16)
-                for mode in ("scd", "dscd", "vsd", "scd+vsd")}
+    PRESETS[f"imagenet512 --size {size}"] |= dict(dropout=0.0 if size == "S" else 0.1)
+    PRESETS[f"imagenet512 --size {size} --mode sct"] = dict(dropout=0.25 if size == "S" else 0.35)
 
 
 # --------------------------------------------------------------------------------- process: times and noise
@@ -322,8 +311,8 @@ def sample(net, noise, y, nfe, cfg, gen):
     """noise ~ N(0, sigma_d^2 I) (B, ...) -> x_0. A second step starts from fresh noise at t = 1.1 (Sec.
     5.2)."""
     # DEPARTS: the paper names no times for further steps; here they are spread evenly below 1.1
-    guided = cfg.guidance != 1 or cfg.guidance_max > 1
-    x, guidance = noise, noise.new_full(noise.shape[:1], cfg.guidance) if guided else None
+    x, guided = noise, cfg.guidance != 1 or cfg.guidance_max > 1
+    guidance = noise.new_full(noise.shape[:1], cfg.guidance) if guided else None
     if cfg.mode == "diffusion":
         def F(x, t, y):
             return velocity(net, cfg.sigma_d * x, t, y, guidance, cfg) / cfg.sigma_d

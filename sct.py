@@ -91,16 +91,11 @@ PRESETS = {  # DEPARTS: paper names no q, d and delta for SCT, and no edges; tho
     # DEPARTS: paper P_mean = -1.1; here more of the large t, on which the first call depends
     "shapes": dict(steps=2500, stage_steps=312, lr=1e-3, P_mean=0.0),
     "folder": dict(stage_steps=100),
-    # FID of 1 / 2 steps: ect 3.78 / 2.13, sct 3.11 / 2.05, phased 1.95 (4) 1.86 (8); conditional 3.03 / 1.88.
-    # With --batch 512 --steps 300000 --ema_halflife 3.5e6: 2.92 / 2.02; conditional 2.88 / 1.87.
-    # Fig. 4 (FID 5.61 for ect, 4.56 for sct over the dataset) has a fixed gap of t / 256:
-    # --steps 16000 --shrink 256 --widening 0 --stage_steps 16000
+    # Fig. 4 has a fixed gap of t / 256: --steps 16000 --shrink 256 --widening 0 --stage_steps 16000
     "cifar10": dict(batch=128, steps=200_000, lr=1e-4, beta2=0.999, ema_halflife=8.9e5, dropout=0.2,
                     c_noise="log", shrink=2**0.5, stage_steps=12_500),
     # The shift is that of ECT's code (ECMPrecond in eval mode); its code for ImageNet has none.
     "cifar10 --mode ect": dict(shrink=2.0, stage_steps=25_000, delta=0.0, sigma_shift=0.003),
-    # FID of 1 / 2 steps: ect S 5.51 / 3.18, M 3.67 / 2.35; sct S 5.10 / 3.05, M 3.30 / 2.13 (with
-    # --batch 1024, 2.42 / 1.55)
     # DEPARTS: paper names no reference set; here 256 images of each sample's class
     "imagenet64": dict(batch=128, steps=100_000, lr_ref=2000, dropout_res=16, P_mean=-0.8, P_std=1.6,
                        stage_steps=12_500, huber_c=0.06, sigmas=(80.0, 1.526), reference="dataset",
@@ -306,8 +301,7 @@ def train(cfg):
     run = kit.Run(cfg)
     data = kit.dataset(cfg, run.device)
     teacher = ReferenceSet(data, cfg)  # <- method: no network, but samples that targets average over
-    head = cfg.uncertainty and cfg.mode == "diffusion"  # <- method
-    net = kit.network(cfg, data, run.device, head=head)  # <- method
+    net = kit.network(cfg, data, run.device, head=cfg.uncertainty and cfg.mode == "diffusion")  # <- method
     target = net  # <- method: the live network itself is the branch without gradient
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = kit.make_optimizer(net, cfg)

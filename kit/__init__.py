@@ -34,6 +34,7 @@ from kit.config import (
     to_pixels,
 )
 from kit.data import read_image
+from kit.features import lpips_network
 from kit.layers import normalize_weights
 from kit.metrics import distance
 from kit.process import RANK, WORLD, fail, reading

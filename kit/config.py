@@ -42,6 +42,7 @@ class Config:
     beside a field is its help."""
     foreign = {}  # other projects' consistency models that a script can sample: class -> values of fields
     maker = ""  # the script that makes this one's teachers; "" is itself
+    distilling = ()  # the modes that need a teacher; the others may start from one
 
     dataset: str = fixed("gmm")  # gmm (points in 2-D), shapes (drawn), folder (see --data), or another preset
     size: str = ""  # another size of the preset's network, such as M; "" is its own
@@ -109,8 +110,8 @@ class Config:
         return self.lr_cooldown > 0
 
     def distills(self):
-        """Whether the mode needs a teacher; the others may start from one."""
-        return False
+        """Whether the mode needs a teacher."""
+        return self.mode in self.distilling
 
     def guides_teacher(self):
         """Whether training guides the teacher, which must then predict without label, too."""
@@ -390,6 +391,8 @@ def check_values(cfg, fields):
         fail("--sigma_d must be above 0")
     if cfg.pretrained and kind(cfg.dataset) is not Captions:
         fail(f"--pretrained is text to image, and --dataset {cfg.dataset} has no captions")
+    if cfg.guides_teacher() and not cfg.conditional:
+        fail("guidance compares with no label, so it needs --conditional")
     if cfg.flip and cfg.dataset in MIXTURES:
         fail("--flip mirrors images, and --dataset gmm has points")
     if cfg.batch % (WORLD * (cfg.micro or 1)):

@@ -1,6 +1,7 @@
 """Networks that judge images: Inception, DINOv2 and others by features, CLIP and LAION's by scores."""
 from kit.process import download, fail, reading
 
+import functools
 from pathlib import Path
 
 import torch
@@ -49,6 +50,22 @@ def feature_network(name, weights, device):
                 raise ValueError("its features are not all finite, or not one row an image")
             return found
     return checked
+
+
+@functools.cache
+def lpips_network(device, pool):
+    """The network of LPIPS, a distance of images (B, 3, H, W), with pooling layers of the given kind."""
+    try:
+        from lpips import LPIPS
+    except ImportError:
+        fail("--metric lpips needs a package that is not in requirements.txt: pip install lpips")
+    with reading("--metric lpips needs VGG-16's weights, which torchvision downloads once"):
+        net = LPIPS(net="vgg", verbose=False)
+    for part in list(net.net.modules()):
+        for name, layer in part.named_children():
+            if isinstance(layer, torch.nn.MaxPool2d):
+                setattr(part, name, pool(2))
+    return net.to(device).requires_grad_(False)
 
 
 def pretrained(kind, given, hub, flag):

@@ -97,12 +97,12 @@ def grid(images, columns=0):
     return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.NEAREST)
 
 
-def noise_and_labels(cfg, shape, classes, lo, hi, seed, device):
-    """Where samples lo..hi start: noise ~ N(0, sigma_d^2 I) (n, *shape), labels, and a Draw for what follows.
+def noise_and_labels(cfg, net, lo, hi, seed, device):
+    """Where the net's samples lo..hi start: noise ~ N(0, sigma_d^2 I), labels, and a Draw for what follows.
 
     Labels are --label, or 0, 1, 2, ... in turn; None if there are no classes. Sample i has numbers of its
     own, whatever lo and hi are."""
-    gen = Draw(seed, 0, lo, hi, device)
+    gen, shape, classes = Draw(seed, 0, lo, hi, device), net.options["shape"], net.options["classes"]
     noise = cfg.sigma_d * gen.normal(*shape)
     labels = torch.arange(lo, hi, device=device) % max(classes, 1)
     labels = torch.full_like(labels, cfg.label) if cfg.label >= 0 else labels
@@ -130,13 +130,13 @@ def report(cfg, run, step, sample, net, data, teacher, nfes):
     points, toy = len(data.shape) == 1, isinstance(data, Mixture)
     if points and cfg.gif and run.tenth(step) and RANK == 0:
         n = 2000 if nfes[0] < 10 else 500
-        noise, y, gen = noise_and_labels(cfg, data.shape, net.options["classes"], 0, n, 12345, run.device)
+        noise, y, gen = noise_and_labels(cfg, net, 0, n, 12345, run.device)
         run.frames[step] = sample(net, noise, y, nfes[0], cfg, gen)[:, :2].float().cpu()
     due = step == cfg.steps or step > 0 and step % cfg.sample_every == 0
     if RANK or not due or reported(run, step):
         return
     n = 5000 if points else 36 if data.shape[0] == 3 and data.shape[1] <= 64 else 4
-    noise, y, gen = noise_and_labels(cfg, data.shape, net.options["classes"], 0, n, 12345, run.device)
+    noise, y, gen = noise_and_labels(cfg, net, 0, n, 12345, run.device)
     columns = {}
     metrics = dict(seconds=round(time.time() - run.began, 1), steps=step)
     if step == cfg.steps:
@@ -244,7 +244,7 @@ def write_samples(cfg, sample):
     lo, bar = 0, progress(total=cfg.sample, desc="sample")
     while lo < cfg.sample:
         part = lo, min(lo + at_once, cfg.sample)
-        noise, y, gen = noise_and_labels(cfg, shape, classes, *part, cfg.seed, device)
+        noise, y, gen = noise_and_labels(cfg, net, *part, cfg.seed, device)
         try:
             x = sample(net, noise, y, cfg.nfe, cfg, gen)
             parts.append((x.cpu(), to_pixels(x, cfg).cpu()))

@@ -292,7 +292,7 @@ def test_lpips_pools_as_asked(monkeypatch):
             return (self.net(a) - self.net(b)).square().mean((1, 2, 3), keepdim=True)
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=Package))
     a, b = torch.rand(2, 2, 3, 300, 300).unbind(0)
-    cm.vgg.cache_clear()
+    kit.lpips_network.cache_clear()
     pools = dict(lpips=torch.nn.functional.max_pool2d, lpips_avg=torch.nn.functional.avg_pool2d)
     for name, pool in pools.items():
         expected = (pool(a, 2) - pool(b, 2)).square().mean((1, 2, 3))
@@ -300,7 +300,7 @@ def test_lpips_pools_as_asked(monkeypatch):
         small = cm.METRICS[name](a[..., :32, :32], b[..., :32, :32])
         big = (torch.nn.functional.interpolate(v[..., :32, :32], 224, mode="bilinear") for v in (a, b))
         assert torch.allclose(small, cm.METRICS[name](*big))
-    cm.vgg.cache_clear()
+    kit.lpips_network.cache_clear()
 
 
 @pytest.mark.parametrize("script", [cm, sct])
@@ -330,7 +330,7 @@ def test_search_finds_the_best_of_the_grid(train, capsys):
     real = kit.dataset(cfg).batch(common.Draw(0, 2**32, 0, 300))[0]
 
     def distance(sigma):
-        noise, y, gen = kit.noise_and_labels(cfg, (2,), 0, 0, 300, 0, "cpu")
+        noise, y, gen = kit.noise_and_labels(cfg, net, 0, 300, 0, "cpu")
         trial = dataclasses.replace(cfg, sigmas=(80.0, sigma))
         return kit.metrics.energy_distance(cm.sample(net, noise, y, 2, trial, gen), real)
     assert len(found) == 2 and found[0] == 80.0 > found[1]

@@ -130,10 +130,10 @@ def test_teacher_as_reference(train):
     assert [(row["run"], row["nfe"]) for row in found] == [("a", "teacher"), ("a", 1), ("b", 1)]
     assert found[1]["ode_error"] == found[2]["ode_error"]
     net, data = kit.load_net("a"), kit.dataset(kit.parse_args(scm.Config, scm.PRESETS, scm.LOSSES, []))
-    noise, y, gen = kit.noise_and_labels(data.cfg, (2,), 0, 0, 200, 0, "cpu")
+    noise, y, gen = kit.noise_and_labels(data.cfg, net, 0, 200, 0, "cpu")
     solved = common.solve(data, noise, common.ode_times(18, 0.5))
     error = kit.metrics.rms(scm.sample(net, noise, None, 1, data.cfg, gen), solved)
     assert found[1]["ode_error"] == pytest.approx(error, rel=1e-5)
-    other, _, _ = kit.noise_and_labels(data.cfg, (2,), 0, 0, 200, 1, "cpu")
+    other, _, _ = kit.noise_and_labels(data.cfg, net, 0, 200, 1, "cpu")
     distance = kit.metrics.energy_distance(solved, common.solve(data, other, common.ode_times(18, 0.5)))
     assert found[0]["energy_distance"] == pytest.approx(distance, rel=1e-4)
