@@ -3,6 +3,7 @@ machinery"; `common.x` means "read this, it is the paper".
 
 Each file has one subject and imports only files below it:
 
+    reference   what eval.py compares images with: folders, zips, files of statistics
     report      pictures, the report at the end of training, --sample and --export
     metrics     distances and scores
     features    networks that judge images, for eval.py

@@ -1,10 +1,10 @@
 """kit/edm.py: snapshots in the published layout, read without their code, give their denoiser; hostile ones
 run nothing."""
-import eval as evaluation
 import kit
 import scm
 import sct
 from conftest import fails, one_line
+from kit.reference import load_reference
 
 import contextlib
 import io
@@ -64,7 +64,7 @@ def test_hostile_pickles_run_nothing(kind, capsys):
     Path("x.pkl").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
     assert "x.pkl" in fails(capsys, kit.edm.read_edm, "x.pkl")
     args = types.SimpleNamespace(reference="x.pkl", features="inception")
-    assert "x.pkl" in fails(capsys, evaluation.load_reference, args, None, None)
+    assert "x.pkl" in fails(capsys, load_reference, args, None, None)
     with contextlib.suppress(SystemExit):  # what names a function alone is read, as something inert
         assert not callable(kit.edm.read_pickle("x.pkl"))
     assert not Path("touched").exists() and not hasattr(kit.edm.Record, "x")

@@ -18,8 +18,8 @@ import pytest
 BANNERS = ["imports", "Config", "PRESETS", "process: times and noise", "consistency function f", "loss",
            "sampler", "train", "extras", "main"]
 # Of kit. Each imports those to its right.
-FLOORS = ["report", "metrics", "features", "run", "config", "teachers", "edm", "text", "data", "store",
-          "toys", "networks", "layers", "attention", "process", "common"]
+FLOORS = ["reference", "report", "metrics", "features", "run", "config", "teachers", "edm", "text", "data",
+          "store", "toys", "networks", "layers", "attention", "process", "common"]
 MODES = {mode for script in SCRIPTS.values() for mode in script.LOSSES} - {"diffusion"}
 
 
