@@ -4,6 +4,7 @@ import kit
 from conftest import ROOT, SCRIPTS
 
 import ast
+import inspect
 import json
 import re
 import shlex
@@ -158,7 +159,7 @@ def test_readme_commands_run(folder):
             flags += [w for k, v in cut.items() for w in (f"--{k}", str(v))
                       if k != "channels" or "--teacher" not in flags]
         __import__(Path(script).stem).main(flags)
-    code, = re.findall(r"^ {8}import json.*", kit.export.__doc__, re.M | re.S)
+    code, = re.findall(r"^ {4}import json.*", inspect.getdoc(kit.export), re.M | re.S)
     names = {}
     exec(textwrap.dedent(code), names)  # our own docstring, on what the README's command has exported
     assert names["x_0"].shape == (1000, 2) and names["x_0"].isfinite().all()

@@ -6,6 +6,7 @@ import scm
 from conftest import one_line, parsed
 
 import copy
+import inspect
 import math
 import os
 import re
@@ -84,7 +85,7 @@ def test_the_documented_dit_teaches():
     net.save_pretrained("dit/transformer")
     scheduler = diffusers.DDPMScheduler(1000)
     scheduler.save_pretrained("dit/scheduler")
-    code, = re.findall(r"^ {8}class DiT.*", kit.Epsilon.__doc__, re.M | re.S)
+    code, = re.findall(r"^ {4}class DiT.*", inspect.getdoc(kit.Epsilon), re.M | re.S)
     names = dict(common=common, kit=kit, torch=torch)
     exec(textwrap.dedent(code), names)  # our own docstring
     teacher = names["DiT"]("dit")
