@@ -58,8 +58,8 @@ def lpips_network(device, pool):
     try:
         from lpips import LPIPS
     except ImportError:
-        fail("--metric lpips needs a package that is not in requirements.txt: pip install lpips")
-    with reading("--metric lpips needs VGG-16's weights, which torchvision downloads once"):
+        fail("LPIPS needs a package that is not in requirements.txt: pip install lpips")
+    with reading("LPIPS needs VGG-16's weights, which torchvision downloads once"):
         net = LPIPS(net="vgg", verbose=False)
     for part in list(net.net.modules()):
         for name, layer in part.named_children():
