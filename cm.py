@@ -11,8 +11,8 @@ loss              lambda(t) d(f(x_t, t), f^-(x_s, s)),  s < t neighbours of a gr
   ctcd, ctct      N -> infinity: f(x_t, t)^T sg(df^-/dt), with dx_t/dt the teacher's or (x_t - x_0) / t
 
 f^- is f of the target: the average of the weights with decay mu or, at mu = 0, the live network under
-stop-gradient (as in CIFAR-10's cd, and in ict). Of ctcd and ctct this is the form with stop-gradient, for the
-squared distance. The paper's other forms are absent: ||df/dt||^2, differentiated as a whole, and LPIPS.
+stop-gradient (as in CIFAR-10's cd, and in ict). ctcd and ctct are the paper's form with stop-gradient, for
+the squared distance. Its other forms are absent: ||df/dt||^2, differentiated as a whole, and LPIPS.
 
     python cm.py                                                toy: 8 Gaussians, exact teacher, cd
     python cm.py --dataset folder --data PATH --image_size 16 --mode diffusion
@@ -29,7 +29,6 @@ import kit
 from common import like
 
 import copy
-import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -51,7 +50,7 @@ class Config(kit.Config):
     intervals: int = kit.flag(1280, least=1)  # ct, ict: s1, intervals of the grid at the end of training
     intervals_start: int = kit.flag(10, least=1)  # s0: points (ct) or intervals (ict) at the start
     mu: float = kit.flag(0.0, most=1)  # decay of the target's average, of ct at first; 0 is the live network
-    mu_steps: int = 0  # ct: length of the run that mu is for; another forgets in proportion; 0 is any
+    mu_steps: int = 0  # ct: run length that --mu is for; in others the average spans the same share; 0 is any
     solver: Literal["heun", "euler", "ddim"] = "heun"  # of cd; euler and ddim are the same here
     metric: Literal["l1", "l2", "huber", "lpips", "lpips_avg"] = "l2"  # distance d; lpips_avg pools by means
     weighting: Literal["one", "gap", "inverse"] = "one"  # lambda: 1, 1 / (t - s) as ict always, 1 / t
@@ -69,15 +68,16 @@ class Config(kit.Config):
         return super().needs_steps() or self.mode in ("ct", "ict")
 
     def loss_bytes(self):
-        return 2**26 if self.metric.startswith("lpips") else 0  # VGG's activations
+        compares = self.mode in ("cd", "ct", "ict") and self.metric.startswith("lpips")
+        return 2**26 if compares else 0  # VGG's activations
 
     def check(self):
         if self.intervals < self.intervals_start:
             kit.fail("--intervals must be at least --intervals_start")
         if not self.sigmas or not all(a > b >= 0.002 for a, b in zip((1e6, *self.sigmas), self.sigmas)):
             kit.fail("--sigmas must be noise levels that fall, none below 0.002, such as 80,1.4")
-        if self.weighting == "gap" and self.mode in ("ctcd", "ctct"):
-            kit.fail(f"--weighting gap is for pairs of times, and --mode {self.mode} has none")
+        if self.mode in ("ctcd", "ctct") and (self.weighting == "gap" or self.metric != "l2"):
+            kit.fail(f"--mode {self.mode} has no pairs of times: no --weighting gap, no --metric but l2")
         if self.metric.startswith("lpips") and self.dataset == "gmm":
             kit.fail("--metric lpips compares images, and --dataset gmm has points")
         if self.mode == "diffusion" and self.search:
@@ -161,15 +161,15 @@ def times(gen, step, cfg):
     return grid[i], grid[i + 1]
 
 
+def continuous_times(gen, step, cfg):
+    """Of ctcd and ctct: t (B,) float64, uniform on EDM's grid of 2^14 points, which stands for the limit."""
+    return common.karras(2**14).to(gen.device)[gen.index(2**14)]
+
+
 def noisy(x0, t, gen, cfg):
     """x_t, and the noise z in it."""
     z = gen.normal(*x0.shape[1:])
     return x0 + like(t, x0) * z, z
-
-
-def continuous_times(gen):
-    """t (B,) float64, uniform on EDM's grid as N -> infinity."""
-    return common.karras(2**14).to(gen.device)[gen.index(2**14)]
 
 
 @torch.no_grad()
@@ -184,16 +184,16 @@ def ode_step(teacher, x_t, t, s, y, cfg):
 
 
 # ----------------------------------------------------------------------------------- consistency function f
-def f(net, x_t, t, y, cfg, sigma_min=0.002, return_w=False):
-    """EDM's preconditioning, shifted by sigma_min in c_skip's denominator and in c_out, so that f = x there.
+def f(net, x_t, t, y, cfg, shift=0.002, return_w=False):
+    """EDM's preconditioning, with t less the shift in c_skip's denominator and in c_out, so that f = x there.
     With return_w also the weighting head's w(t).
 
     Our network takes unit variance and TrigFlow's angle, and its F is minus EDM's (see common.py)."""
     sd = cfg.sigma_d
     inputs = like((t**2 + sd**2).rsqrt(), x_t) * x_t, torch.atan(t / sd), y
     F, w = net(*inputs, return_w=True) if return_w else (net(*inputs), None)
-    c_skip = sd**2 / ((t - sigma_min) ** 2 + sd**2)
-    c_out = (t - sigma_min) * sd * (t**2 + sd**2).rsqrt()
+    c_skip = sd**2 / ((t - shift) ** 2 + sd**2)
+    c_out = (t - shift) * sd * (t**2 + sd**2).rsqrt()
     D = like(c_skip, x_t) * x_t - like(c_out, x_t) * F
     return (D, w) if return_w else D
 
@@ -221,7 +221,7 @@ def pseudo_huber(a, b):
 METRICS = {"l1": lambda a, b: (a - b).abs().flatten(1).mean(1),
            "l2": lambda a, b: (a - b).square().flatten(1).mean(1),
            "huber": pseudo_huber, "lpips": lpips,
-           "lpips_avg": functools.partial(lpips, pool=torch.nn.AvgPool2d)}
+           "lpips_avg": lambda a, b: lpips(a, b, torch.nn.AvgPool2d)}
 
 
 def diffusion(net, target, teacher, x0, y, step, cfg, gen):
@@ -249,8 +249,8 @@ def consistency(net, target, x_t, t, x_s, s, y, cfg, gen):
 
 
 def tangent_loss(net, target, x_t, t, clean, y, cfg, gen):
-    """f^T sg(df^-/dt), for l2 (Remark 10), along dx_t/dt = (x_t - clean) / t. The value means nothing; the
-    gradient is D times the limit of the discrete one, a mean over D elements, over 2 (t - s)."""
+    """f^T sg(df^-/dt), for l2 (Remark 10), along dx_t/dt = (x_t - clean) / t. Its value means nothing.
+    Its gradient is the limit, as s -> t, of D / (2 (t - s)) times that of l2, a mean over D elements."""
     gen.same_dropout()
     _, df = common.jvp(lambda x, t: f(target, x, t, y, cfg), (x_t, t),
                        ((x_t - clean) / like(t, x_t), torch.ones_like(t)))
@@ -284,7 +284,7 @@ def ict(*inputs):
 
 def ctcd(net, target, teacher, x0, y, step, cfg, gen):
     """Continuous-time consistency distillation: the teacher's D gives the slope dx_t/dt."""
-    t = continuous_times(gen)
+    t = continuous_times(gen, step, cfg)
     x_t, _ = noisy(x0, t, gen, cfg)
     with torch.no_grad():
         clean = denoise(teacher, x_t, t, y, cfg)
@@ -293,7 +293,7 @@ def ctcd(net, target, teacher, x0, y, step, cfg, gen):
 
 def ctct(net, target, teacher, x0, y, step, cfg, gen):
     """Continuous-time consistency training: the slope is the sample's own, from x_0."""
-    t = continuous_times(gen)
+    t = continuous_times(gen, step, cfg)
     x_t, _ = noisy(x0, t, gen, cfg)
     return tangent_loss(net, target, x_t, t, x0, y, cfg, gen)
 
@@ -313,7 +313,7 @@ def sample(net, noise, y, nfe, cfg, gen):
     for i, sigma in enumerate(sigmas):
         if i:
             x = x + math.sqrt(sigma**2 - 0.002**2) * gen.normal(*x.shape[1:])
-        x = f(net, x, torch.full(x.shape[:1], sigma, dtype=torch.float64, device=x.device), y, cfg)
+        x = f(net, x, x.new_full(x.shape[:1], sigma, dtype=torch.float64), y, cfg)
         x = x.clamp(-1, 1) if x.ndim == 4 and not cfg.space else x  # pixels, neither points nor latents
     return x
 
@@ -324,7 +324,7 @@ def train(cfg):
     data = kit.dataset(cfg, run.device)
     teacher = kit.load_teacher(cfg, data, run.device)  # <- method
     net = kit.network(cfg, data, run.device, head=cfg.uncertainty and cfg.mode == "diffusion")  # <- method
-    target = copy.deepcopy(net) if target_decay(0, cfg) else net  # <- method: an average, or the live network
+    target = copy.deepcopy(net) if cfg.mu else net  # <- method: an average, or the live network
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = kit.make_optimizer(net, cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=cfg.dtype == "fp16")

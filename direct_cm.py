@@ -37,6 +37,7 @@ from common import like
 
 import copy
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -81,7 +82,7 @@ PRESETS = {
     "shapes": {},
     "folder": {},
     # No EMA, as in the paper.
-    # DEPARTS: paper 8-bit AdamW; here PyTorch's
+    # DEPARTS: paper 8-bit AdamW and fp16; here PyTorch's, and --dtype, as SDXL's own --vae overflows in fp16
     "text": dict(mode="cm", steps=250, batch=16, micro=1, lr=1e-4, guidance=9.0, clip=1.0, first_label=1,
                  ema_sigma_rel=0.0, ema_halflife=0.0, save_every=50, seed=24),
 }
@@ -123,7 +124,7 @@ def predict(net, z_t, t, y, cfg, guidance=1.0):
 
 
 def slope(teacher, z_t, t, y, cfg):
-    """dz/dt of the PF-ODE over t / 1000, with beta(t) = 1000 betas[t - 1]."""
+    """dz / d(t / 1000) along the PF-ODE, with beta(t) = 1000 betas[t - 1]."""
     # DEPARTS: at t = 0 the paper's code gives the network label 0; here it gets label 1, with the first beta
     t = t.clamp(min=1)
     beta, (_, sigma) = 1000 * BETAS.to(t.device)[t - 1], alpha_sigma(t)
@@ -169,21 +170,18 @@ METRICS = {"l2": lambda a, b: (a - b).square().flatten(1).mean(1),
            "huber": lambda a, b: ((a - b).square() + 0.001**2).sqrt().flatten(1).mean(1) - 0.001}
 
 
-def weight(t, cfg):
-    """lambda(t), (B,): 1, or 1 + SNR, for which the network's output at all t counts the same."""
-    alpha, sigma = alpha_sigma(t)
-    return 1 + (alpha * cfg.sigma_d / sigma) ** 2 if cfg.weighting == "snr" else torch.ones_like(sigma)
-
-
 def consistency(net, target, z_t, t, z_s, s, y, cfg, gen):
     """The weighted distance of f at t from f^- at s, with the same dropout masks; at s = 0 from z_s."""
+    alpha, sigma = alpha_sigma(t)
+    snr = (alpha * cfg.sigma_d / sigma) ** 2  # by 1 + SNR, the network's output counts the same at all t
+    weight = {"one": torch.ones_like(snr), "snr": 1 + snr}[cfg.weighting]
     gen.same_dropout()
     prediction = f(net, z_t, t, y, cfg)
     if s.any():
         gen.same_dropout()
         with torch.no_grad():
             z_s = f(target, z_s, s, y, cfg)
-    return (weight(t, cfg) * METRICS[cfg.metric](prediction, z_s)).mean(), {}
+    return (weight * METRICS[cfg.metric](prediction, z_s)).mean(), {}
 
 
 def cm(net, target, teacher, x0, y, step, cfg, gen):
@@ -218,7 +216,7 @@ def sample(net, noise, y, nfe, cfg, gen):
     """noise ~ N(0, sigma_d^2 I) (B, ...) -> x_0: f, noise of the next level, f, and so on."""
     z = noise / cfg.sigma_d
     for i, label in enumerate(levels(nfe, cfg)):
-        t = torch.full(z.shape[:1], label, device=z.device)
+        t = z.new_full(z.shape[:1], label, dtype=torch.int64)
         if i:
             z, _ = noisy(z, t, gen, cfg)
         z = f(net, z, t, y, cfg)
@@ -276,21 +274,24 @@ def train(cfg):
 @torch.no_grad()
 def solution(teacher, noise, y, cfg):
     """The solver's x_0 from noise ~ N(0, sigma_d^2 I) (B, ...) at label 1000, under guidance."""
-    top = torch.full(noise.shape[:1], 1000, device=noise.device)
+    top = noise.new_full(noise.shape[:1], 1000, dtype=torch.int64)
     return solve(teacher, noise / cfg.sigma_d, top, torch.zeros_like(top), y, cfg)
 
 
-def both(cfg):
-    """Train the two students from the same weights, data, times and noise, and say how to compare them."""
+def both(cfg, argv):
+    """Train the two students from the same weights, data, times and noise, and say how to compare them.
+    --resume goes on with what is there, and gives the second student the flags of the first."""
     paths = {mode: f"{cfg.out}/{mode}" for mode in ("cm", "direct")}
     there = [path for path in paths.values() if Path(path, "ckpt.pt").exists()]
     if there and not (cfg.overwrite or cfg.resume):
         kit.fail(f"{cfg.out} holds students already: --overwrite or --resume both, or choose another --out")
+    resume = cfg.resume
     for mode, path in paths.items():
-        if cfg.resume and path in there:
-            train(kit.parse_args(Config, PRESETS, LOSSES, ["--resume", "--out", path]))
+        if resume and path in there:
+            cfg = kit.parse_args(Config, PRESETS, LOSSES, [*argv, "--resume", "--mode", mode, "--out", path])
         else:
-            train(replace(cfg, mode=mode, out=path, resume=False))
+            cfg = replace(cfg, mode=mode, out=path, resume=False)
+        train(cfg)
     if kit.RANK == 0:
         print(f"the paper's table: python eval.py {' '.join(paths.values())} --reference teacher")
 
@@ -305,7 +306,7 @@ def main(argv=None):
     if cfg.export:
         return kit.export(cfg)
     if cfg.mode == "both":  # <- method
-        return both(cfg)  # <- method
+        return both(cfg, sys.argv[1:] if argv is None else argv)  # <- method
     train(cfg)
 
 

@@ -12,8 +12,6 @@ loss              (SNR(t) + 1) || f(z_t, t) - x_ref ||                          
 
 f is the denoiser, and f^- is f under stop-gradient. At s = t_step the target is the teacher step itself.
 pd is progressive distillation (Salimans & Ho, 2022): targets from two steps of the teacher, then of itself.
-TRACT (Berthelot et al., 2023) has segments, too, but only distills, takes f^- from an average of the weights,
-and halves the number of segments in stages down to one or two.
 
 Differs from cm.py by: 1) VP and a grid in t, whose steps get smaller while training; 2) targets at the lower
 end of t's segment, so f is no map to t = 0 but one DDIM step; 3) aDDIM; 4) sampling without noise.
@@ -53,7 +51,7 @@ class Config(kit.Config):
     solver: Literal["addim", "ddim", "heun"] = "addim"  # the teacher's; of diffusion, the sampler's
     x_var_frac: float = 0.75  # aDDIM: Var[x | z_t] is this times (x* - x)^2; 0 is 0.1 / (2 + SNR)
     x_var_data: bool = False  # aDDIM as a sampler: measure (x* - x)^2 on the data; false is 0.1 / (2 + SNR)
-    huber_c: float = 1e-4  # epsilon of the pseudo-Huber norm
+    huber_c: float = 1e-4  # epsilon of the pseudo-Huber norm, a root mean square
     guidance: float = 1.0  # strength of the teacher's guidance in cd and pd, 1 + the paper's g; 1 is off
     noise_res: tuple = ()  # noise resolutions at t = 1 and t = 0, and the image's; none is the plain cosine
     pd_start: int = kit.fixed(64, least=1)  # pd: steps of the first student, halved down to student_steps
@@ -67,8 +65,9 @@ class Config(kit.Config):
 
     def inference(self):
         n = self.student_steps
-        ratios = [math.tan(math.pi / 2 * min(i / n, 1 - 1e-9)) for i in range(n, 0, -1)]
-        return dict(scheduler="TCDScheduler", eta=0.0, guidance_scale=1.0, ratios={n: ratios})
+        alpha, sigma = alpha_sigma(torch.arange(n, 0, -1).double() / n, self)
+        ratios = {n: (sigma / alpha).tolist()}
+        return dict(scheduler="TCDScheduler", eta=0.0, guidance_scale=1.0, ratios=ratios)
 
     def check(self):
         if self.figure and (self.dataset != "gmm1d" or kit.WORLD > 1):
@@ -112,6 +111,7 @@ PRESETS = {
     "text": dict(steps=30_000, batch=2048, micro=1, student_steps=16, teacher_steps=(256, 256), anneal=0.0,
                  huber_c=1.0, guidance=1.5, lr=1e-4, ema_sigma_rel=0.0, ema_halflife=0.0, save_every=500),
     # DEPARTS: paper UViTs of 397 M and (L) 1.25 B and a multiscale loss; here U-Nets of 184 M and 736 M
+    # DEPARTS: paper guides the smaller one's teacher, by a strength it does not name; here --guidance is off
     "imagenet128": dict(kit.EDM2_NET, image_size=128, conditional=True, batch=2048, steps=200_000, lr=1e-4,
                         channels=128, channel_mult=(1, 2, 3, 4, 4), dropout=0.1, dropout_res=16,
                         noise_res=(32, 128, 128), save_every=2500),
@@ -294,7 +294,7 @@ def sample(net, noise, y, nfe, cfg, gen, x_var=None, path=None):
         kit.fail(f"a run with --student_steps {cfg.student_steps} takes --nfe {cfg.student_steps}")
     z = noise.double() / cfg.sigma_d
     for i in range(nfe, 0, -1):
-        t, s = (torch.full(z.shape[:1], j / nfe, dtype=torch.float64, device=z.device) for j in (i, i - 1))
+        t, s = (z.new_full(z.shape[:1], j / nfe) for j in (i, i - 1))
         x = f(net, z, t, y, cfg)
         if path is not None:
             part = torch.arange(PATH_STATES // nfe) / (PATH_STATES // nfe)

@@ -7,7 +7,7 @@ diffusion         || sigma_d F(x_t / sigma_d, t) - v_t ||^2,  v_t = cos(t) z - s
 consistency       f(x_t, t) = cos(t) x_t - sin(t) sigma_d F(x_t / sigma_d, t)                      Eq. 5
 tangent           df/dt = -cos(t) (sigma_d F - dx_t/dt) - sin(t) (x_t + sigma_d dF/dt)             Eq. 6
 loss              e^w(t) / D || F - F^- - g ||^2 - w(t),  g = cos(t) df^-/dt, normalized           Eq. 8
-vsd               e^w / D || sigma_d (F - F^-)(z) - (F_teacher - F_fake)(x_t) ||^2 - w               Fig. 7
+vsd               e^w / D || sigma_d (F - F^-)(z) - (F_teacher - F_fake)(x_t) ||^2 - w               App. C
 
 F^- is F under stop-gradient. dx_t/dt comes from the teacher (scd) or is v_t, which is right on average (sct).
 One JVP gives dF/dt. In vsd, F_fake is a diffusion model of the student's own one-step samples, and x_t is
@@ -16,7 +16,7 @@ such a sample, noised. scd+vsd adds the two losses. Both go on from a finished s
 Absent: sCD in 2 to 16 segments, whose ends and loss the paper does not give (see multistep_cm.py).
 
 Differs from cm.py by: 1) TrigFlow instead of EDM's process; 2) a tangent instead of a pair of times;
-3) a square loss with a learned weight; 4) a network (see kit/networks.py) whose derivative in t is bounded.
+3) a square loss with a learned weight; 4) on ImageNet, a network whose derivative in t is bounded.
 
     python scm.py                                               toy: 8 Gaussians, exact teacher
     python scm.py --mode scd+vsd                                adds vsd to the student of the line above
@@ -274,7 +274,7 @@ def vsd(net, target, teacher, x0, y, step, cfg, gen):
     the student's loss calls without gradient."""
     fake = target.extra["fake"]
     z = cfg.sigma_d * gen.normal(*x0.shape[1:])
-    t_max = torch.full(z.shape[:1], math.atan(80 / cfg.sigma_d), dtype=torch.float64, device=z.device)
+    t_max = z.new_full(z.shape[:1], math.atan(80 / cfg.sigma_d), dtype=torch.float64)
     guidance = draw_guidance(gen, cfg)
     gen.same_dropout()
     F = net(z / cfg.sigma_d, t_max, y, guidance)
@@ -282,7 +282,7 @@ def vsd(net, target, teacher, x0, y, step, cfg, gen):
     t = times(gen, step, replace(cfg, P_mean=cfg.vsd_P_mean, P_std=cfg.vsd_P_std))
     x_t, _ = noisy(x, t, gen, cfg)
     gap = velocity(teacher, x_t, t, y, guidance, cfg) / cfg.sigma_d
-    fake.eval()  # without dropout it judges, like the teacher
+    fake.eval()  # no dropout in what is compared with the teacher
     with torch.no_grad():
         gap = gap - fake(x_t / cfg.sigma_d, t, y, guidance)
     fake.train()
@@ -311,15 +311,16 @@ def sample(net, noise, y, nfe, cfg, gen):
     """noise ~ N(0, sigma_d^2 I) (B, ...) -> x_0. A second step starts from fresh noise at t = 1.1 (Sec.
     5.2)."""
     # DEPARTS: the paper names no times for further steps; here they are spread evenly below 1.1
-    x, guided = noise, cfg.guidance != 1 or cfg.guidance_max > 1
+    guided = cfg.guidance != 1 or cfg.guidance_max > 1
     guidance = noise.new_full(noise.shape[:1], cfg.guidance) if guided else None
     if cfg.mode == "diffusion":
         def F(x, t, y):
             return velocity(net, cfg.sigma_d * x, t, y, guidance, cfg) / cfg.sigma_d
         return common.solve(F, noise, common.ode_times((nfe + 1) // 2, cfg.sigma_d), y, cfg.sigma_d)
+    x = noise
     angles = [math.atan(80 / cfg.sigma_d), *(cfg.mid_t * (nfe - i) / (nfe - 1) for i in range(1, nfe))]
     for i, angle in enumerate(angles):
-        t = torch.full(noise.shape[:1], angle, dtype=torch.float64, device=noise.device)
+        t = x.new_full(x.shape[:1], angle, dtype=torch.float64)
         if i:
             x = like(t.cos(), x) * x + like(t.sin(), x) * cfg.sigma_d * gen.normal(*x.shape[1:])
         x = f(net, x, t, y, cfg, guidance)

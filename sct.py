@@ -3,14 +3,14 @@ Wang, Geng & Li, "Stable Consistency Tuning: Understanding and Improving Consist
 (arXiv:2410.18958); ECT: Geng, Pokle, Luo, Lin & Kolter, "Consistency Models Made Easy" (arXiv:2406.14548).
 
 process           x_t = x_0 + t z,  z ~ N(0, I),  t the noise level (EDM's sigma)
-pair              t log-normal,  s = ReLU(1 - n(t) / q^floor(step / d)) (t - edge) + edge          Eq. 15, 17
-                  n(t) = 1 + k sigmoid(-b t);  s = edge: the target is the point itself
+pair              t log-normal,  s = ReLU(1 - n(t) / q^(a + floor(step / d))) (t - edge) + edge    Eq. 15, 17
+                  n(t) = 1 + k sigmoid(-b t);  s = edge: the target is the point itself;  a = first_stage
 target            x_s = x_t + (s - t) z*,  z* = (x_t - x*) / t
   ect             x* = x_0, the sample that x_t was made from
   sct             x* = sum_i W_i x_i, of a reference set,  W = softmax(-||x_t - x_i||^2 / 2 t^2)   Eq. 13, 14
 consistency       D(x_t, t) = c_skip(t) x_t + c_out(t) F(c_in(t) x_t, t),  D(x, 0) = x
 phases            f(x_t, t) = D + edge / t (x_t - D),  edge the lower end of t's segment; 0 if K = 1    Eq. 16
-loss              (||f(x_t, t) - f^-(x_s, s)||^2 + c^2)^(1/2) / (t - s + delta)                     Sec. 4.2
+loss              ((||f(x_t, t) - f^-(x_s, s)||^2 + c^2)^(1/2) - c) / (t - s + delta)               Sec. 4.2
 
 f^- is the live network under stop-gradient. The paper writes r for s, s for edge, and eps for z.
 
@@ -45,10 +45,11 @@ class Config(kit.Config):
     P_std: float = 2.0  # standard deviation of log(t) in training
     shrink: float = 2.0  # q: the gap t - s shrinks by this factor from stage to stage
     stage_steps: int = kit.flag(1000, least=1)  # d: steps of a stage
-    first_stage: int = 1  # exponent of q at first: 1 as in ECT's code; 0 starts as diffusion
+    # DEPARTS: paper q^floor(step / d), so training starts as diffusion; here at q^1, as in ECT's code
+    first_stage: int = 1  # exponent of q at first; 0 starts as diffusion
     widening: float = 8.0  # k of n(t) = 1 + k sigmoid(-b t), by which the gap is wider at small t
     widening_rate: float = 1.0  # b of n(t)
-    huber_c: float = 1e-8  # c, width of the pseudo-Huber distance; 1e-8 is all but the norm
+    huber_c: float = 1e-8  # c, width of the pseudo-Huber norm; 1e-8 is all but the norm itself
     delta: float = 1e-4  # in the weight 1 / (t - s + delta); ECT has 0
     weighting: Literal["gap", "snr"] = "gap"  # 1 / (t - s + delta), or 1 / t^2 + 1 / sigma_d^2
     uncertainty: bool = False  # diffusion: learn the loss's weight at each t, as EDM2 does
@@ -56,7 +57,7 @@ class Config(kit.Config):
     class_size: int = 0  # images of a class that sct averages over, new ones each step; 0 is all
     phases: int = kit.fixed(1, least=1)  # K, segments of the ODE, and so of sampling steps; 1 is off
     eta: float = 1.0  # with phases: sampling stops at eta times the edges (Eq. 20); 1 is off
-    sigmas: tuple = (80.0, 0.821)  # noise levels of the sampler without phases; for more steps, EDM's grid
+    sigmas: tuple = kit.flag((80.0, 0.821), implies=lambda v: dict(nfe=len(v)))  # levels of the sampler
     sigma_shift: float = 0.0  # in sampling, c_skip and c_out take the noise level less this
     guidance: float = 1.0  # strength of guidance in sampling; 1 is off
     guide: Literal["weak", "label"] = "weak"  # away from a weaker self, or from no label
@@ -84,13 +85,14 @@ class Config(kit.Config):
 # ------------------------------------------------------------------------------------------------- PRESETS
 PRESETS = {  # DEPARTS: paper names no q, d and delta for SCT, and no edges; those below are ours
     # From random weights: in stage 0, s = 0, so the run begins as diffusion.
-    # DEPARTS: paper c = 1e-8 and P_mean = -1.1; here a smoother distance and more of the large t, because the
+    # DEPARTS: ECT c = 0 and P_mean = -1.1; here a smoother distance and more of the large t, because the
     # targets have little noise. The embedding of t is faster than elsewhere, as f jumps from mode to mode.
     "gmm": dict(teacher="", init="none", steps=3000, first_stage=0, shrink=1.4, stage_steps=150, P_mean=0.0,
                 huber_c=0.03, emb_scale=4.0),
-    # DEPARTS: paper P_mean = -1.1; here more of the large t, on which the first call depends
+    # DEPARTS: ECT P_mean = -1.1; here more of the large t, on which the first call depends
     "shapes": dict(steps=2500, stage_steps=312, lr=1e-3, P_mean=0.0),
     "folder": dict(stage_steps=100),
+    # DEPARTS: ECT c = 0, where the root has no gradient at a distance of 0; here 1e-8
     # Fig. 4 has a fixed gap of t / 256: --steps 16000 --shrink 256 --widening 0 --stage_steps 16000
     "cifar10": dict(batch=128, steps=200_000, lr=1e-4, beta2=0.999, ema_halflife=8.9e5, dropout=0.2,
                     c_noise="log", shrink=2**0.5, stage_steps=12_500),
@@ -179,7 +181,7 @@ def diffusion(net, target, teacher, x0, y, step, cfg, gen):
 class ReferenceSet:
     """What teaches sct: samples x_i, whose exact denoiser gives the targets. The set is the global batch or
     all of the data, or with --class_size the batch and so many images of each class, new ones in each step.
-    (The ring has no end: its data are the batch and 4,096 fixed points.)"""
+    (The ring can be sampled without end. For it, all of the data are the batch and 4,096 fixed points.)"""
 
     def __init__(self, data, cfg):
         self.data, self.cfg = data, cfg
@@ -198,8 +200,8 @@ class ReferenceSet:
 
     @torch.no_grad()
     def denoise(self, x_t, t, y, x0, step):
-        """x* = E[x_i | x_t] (B, ...), over the class of y, or over all for y = -1 (Eq. 13, 14); and over how
-        many x_i the average really goes, (B,), 1 / sum_i W_i^2. As W sums to 1, Eq. 14's 1/n is left out."""
+        """x* = E[x_i | x_t] (B, ...), over the class of y, or over all for y = -1 (Eq. 13, 14); and the
+        effective number of x_i in it, 1 / sum_i W_i^2, (B,). As W sums to 1, Eq. 14's 1/n is left out."""
         batch = x0, y
         if self.with_batch:  # not this process's part of it alone
             batch = self.data.batch(common.Draw(self.cfg.seed, step, 0, self.cfg.batch, x0.device))
@@ -213,7 +215,8 @@ class ReferenceSet:
 
 def posterior_mean(x_t, t, chunks):
     """sum_i W_i x_i, W = softmax(log P(x_t | x_i)), and 1 / sum_i W_i^2. One pass over the chunks of x_i, in
-    log space, relative to the greatest log-weight so far."""
+    log space, relative to the greatest log-weight so far. Float32 rounds a logit by some 1e-7 ||x||^2 / t^2,
+    which at small t counts between near-duplicates alone."""
     x, top = x_t.flatten(1), x_t.new_full((len(x_t), 1), -1e30)
     total, square, mean = 0, 0, 0  # sums of W, W^2 and W x_i
     for x_i in chunks:
@@ -291,7 +294,7 @@ def sample(net, noise, y, nfe, cfg, gen):
     for i, (sigma, stop) in enumerate(zip(sigmas, stops)):
         if i and cfg.phases == 1:
             x = x + sigma * gen.normal(*x.shape[1:])
-        t = noise.new_full(noise.shape[:1], sigma, dtype=torch.float64)
+        t = x.new_full(x.shape[:1], sigma, dtype=torch.float64)
         x = f(net, x, t, y, cfg, stop, cfg.sigma_shift)
     return x
 

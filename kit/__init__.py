@@ -20,7 +20,7 @@ Each file has one subject and imports only files below it:
     attention   attention with a JVP
     process     processes, errors of one line, files, locks, downloads
 
-Scripts use these names:
+These names are for scripts, and for your own code:
 """
 from kit.config import (
     EDM2_NET,

@@ -198,6 +198,14 @@ def test_resume_may_change_what_cannot_change_the_result(train):
     assert config_of("run")["log_every"] == 3
 
 
+@pytest.mark.parametrize("script", [cm, sct])
+def test_noise_levels_are_as_many_evaluations(script):
+    """--sigmas names them all, unless --nfe says otherwise."""
+    def nfe(*words):
+        return kit.parse_args(script.Config, script.PRESETS, script.LOSSES, list(words)).nfe
+    assert nfe("--sigmas", "80,5,1") == 3 and nfe("--sigmas", "80,5,1", "--nfe", "2") == 2
+
+
 def test_folders_by_convention(capsys, monkeypatch):
     """out/SCRIPT for the toy's default, out/SCRIPT-DATASET-MODE for the rest; the teacher, or what tuning
     starts from, is out/SCRIPT-DATASET-diffusion, or the only one of another script. A line says so; without

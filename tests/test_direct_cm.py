@@ -9,6 +9,7 @@ from conftest import draw, one_line, preset, same
 import functools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -185,3 +186,15 @@ def test_both_students_go_on_by_one_command():
     direct_cm.main(words)
     assert kit.read_checkpoint("pair/direct")["step"] == 3
     assert kit.read_checkpoint("pair/cm")["seconds"] == first["seconds"]
+
+
+def test_flags_beside_resume_reach_both_students():
+    """A longer run, and data that moved, are each student's; one that had not begun has the other's flags."""
+    words = "--channels 16 --blocks 1 --batch 64 --steps 1 --intervals 4 --lr_cooldown 0 --out pair".split()
+    direct_cm.main(words)
+    direct_cm.main("--resume --steps 2 --out pair".split())
+    kept = [kit.read_checkpoint(f"pair/{mode}") for mode in ("cm", "direct")]
+    assert [ckpt["step"] for ckpt in kept] == [2, 2]
+    shutil.rmtree("pair/direct")
+    direct_cm.main("--resume --out pair".split())
+    assert same(kit.read_checkpoint("pair/direct")["net"], kept[1]["net"])

@@ -56,6 +56,20 @@ def test_noise_schedule():
         assert torch.allclose(2 * torch.log(alpha / sigma), expected, atol=1e-9)
 
 
+@pytest.mark.parametrize("noise_res", [(), (32, 64, 64)])
+def test_exported_levels_are_the_samplers(noise_res, monkeypatch):
+    """inference.json names sigma / alpha where the sampler calls the network."""
+    seen, cfg = [], config(student_steps=4, noise_res=noise_res)
+
+    def spy(net, z, t, y, cfg):
+        seen.extend(t[:1].tolist())
+        return z
+    monkeypatch.setattr(mcm, "f", spy)
+    mcm.sample(None, torch.ones(1, 2), None, 4, cfg, None)
+    alpha, sigma = mcm.alpha_sigma(torch.tensor(seen).double(), cfg)
+    assert cfg.inference()["ratios"][4] == pytest.approx((sigma / alpha).tolist())
+
+
 def test_addim_corrects_the_norm():
     """DDIM's ||z_s||^2 falls short by tr Var[z_s | z_t] (Eq. 12); aDDIM makes it up. The data are a Gaussian
     with a mean, so x and eps are nearly orthogonal, as Eq. 14 assumes."""
