@@ -46,8 +46,8 @@ class Config(kit.Config):
     mode: str = kit.fixed("cd")  # training objective
     P_mean: float = -1.1  # diffusion, ict: mean of log(t)
     P_std: float = 2.0  # standard deviation of log(t)
-    points: int = kit.flag(18, least=2)  # cd: N, points of the grid
-    intervals: int = kit.flag(1280, least=1)  # ct, ict: s1, intervals of the grid at the end of training
+    points: int = kit.flag(18, least=2, most=2**20)  # cd: N, points of the grid
+    intervals: int = kit.flag(1280, least=1, most=2**20)  # ct, ict: s1, intervals of the grid at the end
     intervals_start: int = kit.flag(10, least=1)  # s0: points (ct) or intervals (ict) at the start
     mu: float = kit.flag(0.0, most=1)  # decay of the target's average, of ct at first; 0 is the live network
     mu_steps: int = 0  # ct: run length that --mu is for; in others the average spans the same share; 0 is any

@@ -68,7 +68,7 @@ class Run:
         ckpt = kit.read_checkpoint(path)
         name = FOREIGN.get(ckpt["script"], "scm" if ckpt.get("foreign") else str(ckpt["script"]))
         # a script beside this file, and nothing else, may be imported
-        if not re.fullmatch(r"\w+", name) or not Path(__file__).with_name(name + ".py").exists():
+        if not re.fullmatch(r"[\w -]+", name) or not Path(__file__).with_name(name + ".py").exists():
             fail(f"{path} names an unknown script, {name!r}")
         self.path, self.seed, self.device = path, seed, device
         self.script = importlib.import_module(name)
@@ -178,6 +178,8 @@ def evaluate(path, nfes, args, tools, device):
     if args.reference == "teacher":
         solved, reference, row = teacher_samples(run, n, args, tools)
         found |= row
+    elif run.images:
+        reference = image_reference(run, args, tools)  # before the sampling, in case it cannot be read
     for nfe in nfes:
         sample = run.sampler(nfe)
 
@@ -217,10 +219,7 @@ def teacher_samples(run, n, args, tools):
 
 
 def measure(run, samples, nfe, n, reference, args, tools):
-    """The row of the table and the picture of some samples; None but on rank 0. All processes call this,
-    because they share in measuring the reference images."""
-    if run.images and args.reference != "teacher":
-        reference = image_reference(run, args, tools)
+    """The row of the table and the picture of some samples; None but on rank 0."""
     if RANK:
         return None
     x, row = samples["x"], dict(run.columns, nfe=nfe, n=n)
@@ -350,15 +349,21 @@ def main(argv=None):
     with reading(f"--out {args.out} is no folder to write to"):
         Path(args.out).mkdir(parents=True, exist_ok=True)
     tools, found = make_tools(args, device), {}
-    for path in args.runs:
-        found |= evaluate(path, args.nfe, args, tools, device)
-    if RANK == 0:
-        rows = [row for row, _ in found.values()]
-        sheet = {f"{title(path, args.runs)}, {nfe} NFE": image for (path, nfe), (_, image) in found.items()}
-        text = json.dumps(rows, indent=1).encode()
-        atomic_write(Path(args.out, "eval.json"), lambda file: file.write(text))
-        kit.panels(sheet, Path(args.out, "eval.png"), len(args.nfe) if "energy_distance" in rows[0] else 1)
-        print(table(rows), flush=True)
+    try:
+        for path in args.runs:
+            found |= evaluate(path, args.nfe, args, tools, device)
+    finally:  # whatever stops a later run leaves the table of those before
+        if RANK == 0 and found:
+            write_table(found, args)
+
+
+def write_table(found, args):
+    rows = [row for row, _ in found.values()]
+    sheet = {f"{title(path, args.runs)}, {nfe} NFE": image for (path, nfe), (_, image) in found.items()}
+    text = json.dumps(rows, indent=1).encode()
+    atomic_write(Path(args.out, "eval.json"), lambda file: file.write(text))
+    kit.panels(sheet, Path(args.out, "eval.png"), len(args.nfe) if "energy_distance" in rows[0] else 1)
+    print(table(rows), flush=True)
 
 
 def make_tools(args, device):

@@ -53,7 +53,7 @@ class Config(kit.Config):
     mid_t: float = 1.1  # time of the second sampling step, in radians
     guidance_max: float = kit.flag(1.0, least=1)  # distillation: strengths of guidance up to this; 1 is off
     guidance: float = 1.0  # strength of guidance in sampling; 1 is off
-    intervals: int = kit.flag(1024, least=1)  # dscd: N, intervals of EDM's grid
+    intervals: int = kit.flag(1024, least=1, most=2**20)  # dscd: N, intervals of EDM's grid
     fake_first: float = kit.flag(0.0, most=1)  # vsd: first share of the steps, of the fake score alone
     vsd_P_mean: float = kit.flag(0.4, least=-math.inf)  # vsd: mean of log(sigma) where scores are compared
     vsd_P_std: float = 2.0  # vsd: standard deviation of log(sigma) there

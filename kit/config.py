@@ -100,7 +100,7 @@ class Config:
     overwrite: bool = call(False)  # replace the run in --out
     dry_run: bool = call(False)  # check data and teacher, print size, memory and cost, and train nothing
     sample: int = opens(0)  # draw this many samples from the run in --out, instead of training
-    nfe: int = call(1, least=1)  # network evaluations a sample
+    nfe: int = call(1, least=1, most=2**20)  # network evaluations a sample
     label: int = call(-1)  # class to sample; -1 takes all in turn
     save: str = call("")  # where samples go, a .png or an .npz; "" is samples.png in --out
     export: str = opens("")  # write the averaged network of the run in --out to this folder, as safetensors
@@ -367,7 +367,10 @@ def read_bool(text):
 
 
 def read_numbers(text):
-    return tuple(int(part) if part.isdigit() else float(part) for part in text.split(",") if part)
+    try:
+        return tuple(int(part) if part.isdigit() else float(part) for part in text.split(",") if part)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes numbers such as 1,2,2, not {text!r}") from None
 
 
 def check_values(cfg, fields):
@@ -389,6 +392,8 @@ def check_values(cfg, fields):
         fail("--channel_mult takes whole numbers above 0, such as 1,2,2")
     if not cfg.sigma_d:
         fail("--sigma_d must be above 0")
+    if cfg.init == "exact" or cfg.teacher == "none":
+        fail("--init is a run, or none for random weights; --teacher is a run, or exact")
     if cfg.pretrained and kind(cfg.dataset) is not Captions:
         fail(f"--pretrained is text to image, and --dataset {cfg.dataset} has no captions")
     if cfg.guides_teacher() and not cfg.conditional:

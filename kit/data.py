@@ -211,8 +211,8 @@ def image_folder(cfg):
                 fail(f"{name} is not {side} x {side} pixels: give --image_size to crop and resize")
         return np.stack(images)
     if cfg.conditional and labels.max() < 1:
-        fail(f"--data {root} has no classes to condition on: put the images into class folders, or add "
-             "--conditional false")
+        fail(f"--data {root} has fewer than two classes to condition on: put the images into class folders "
+             "(of a zip, dataset.json names the classes), or add --conditional false")
     folder = Path("data/cache", f"{root.stem[:40]}-{cfg.image_size}-{about['sources'][:16]}")
     return open_store(folder, lambda: (names, labels, encode, classes), about, dry=is_dry(cfg))
 
@@ -373,7 +373,7 @@ def walk(root):
 
 def decode(name, read, size):
     """The image as uint8 (3, H, W), cropped and resized to size pixels, or as it is if size is 0."""
-    with reading(f"cannot read the image {name}"):
+    with reading(f"cannot read the image {name}: repair or remove it"):
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(read(name))))
         if image.mode[0] in "IF":
             raise ValueError(f"{image.mode} pixels, only 8-bit images are read")

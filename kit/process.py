@@ -28,6 +28,7 @@ WORLD = max(1, launched("WORLD_SIZE", 1))
 RANK = launched("RANK", 0) if WORLD > 1 else 0
 # The way on, which a run knows better than this file: after Ctrl-C or SIGTERM, and when memory ran out.
 HINTS = dict(stopped="", memory="lower --batch, --micro or --channels")
+OWN = {path.stem for path in Path(__file__).resolve().parents[1].iterdir()}  # what is not installed by pip
 # Newer versions of torch say so at each JVP and each TorchScript file. Nobody who runs a script can mend it.
 warnings.filterwarnings("ignore", message=r".*torch\.jit\..* is deprecated")
 
@@ -35,13 +36,16 @@ warnings.filterwarnings("ignore", message=r".*torch\.jit\..* is deprecated")
 # ------------------------------------------------------------------------------------------------- errors
 
 def last_words(kind, error, trace):
-    """Ctrl-C and a lack of memory end in one line, and a closed pipe, as after `| head`, in none. Every other
-    exception is a bug and keeps its traceback."""
+    """Ctrl-C, a lack of memory and a missing package end in one line, and a closed pipe, as after `| head`,
+    in none. Every other exception is a bug and keeps its traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print(f"\nstopped{HINTS['stopped']}", file=sys.stderr)
     elif issubclass(kind, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
         print(f"\nout of memory: {HINTS['memory']}", file=sys.stderr, flush=True)
         os._exit(2)  # a hook has no other way to choose the exit code
+    elif issubclass(kind, ModuleNotFoundError) and error.name and error.name.split(".")[0] not in OWN:
+        print(f"the package {error.name} is missing: pip install {error.name}", file=sys.stderr, flush=True)
+        os._exit(2)
     elif issubclass(kind, BrokenPipeError):
         os._exit(128 + signal.SIGPIPE)  # what a shell reports of other programs
     else:
@@ -51,6 +55,9 @@ def last_words(kind, error, trace):
 sys.excepthook = last_words
 sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the caller has closed it
 sys.stderr = sys.stderr or open(os.devnull, "w")
+for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to stop
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def fail(message):
@@ -66,7 +73,8 @@ def reading(what):
     try:
         yield
     except Exception as error:
-        fail(f"{what} ({type(error).__name__}: {str(error)[:120]})")
+        said = re.sub(r" <\S+ object at \w+>", "", str(error)).split(". ")[0]
+        fail(f"{what} ({type(error).__name__}: {said[:120]})")
 
 
 @contextlib.contextmanager

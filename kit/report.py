@@ -195,7 +195,9 @@ def export(cfg):
     net, folder = load_net(cfg.out), Path(cfg.export)
     ours = {"model.safetensors", "config.json"}, {"pytorch_lora_weights.safetensors", "inference.json"}
     with reading(f"cannot write {folder}"):
-        if folder.exists() and {path.name for path in folder.iterdir()} not in (set(), *ours):
+        found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        if found not in (set(), *ours) or found == ours[0] and '"script"' not in (
+                folder / "config.json").read_text():  # transformers writes files of these names, too
             fail(f"--export {folder} holds other files: choose a new folder")
     if isinstance(net, TextToImage):
         folder.mkdir(parents=True, exist_ok=True)

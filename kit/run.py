@@ -173,7 +173,8 @@ class Run:
         self.cfg = cfg
         self.out = Path(cfg.out)
         self.bad = 0  # steps in a row whose loss was not finite, or out of all proportion
-        self.diverged = False  # whether weights have moved since it was
+        self.lost = 0  # steps in a row whose loss was not finite
+        self.diverged = False  # whether weights have moved since the loss was out of all proportion
         self.usual = None  # size of the loss, on average
         self.skipped = 0
         self.stopped = self.stopping = 0  # the signal that has come; whether all processes know of one
@@ -261,6 +262,7 @@ class Run:
         if not wild:
             self.usual = size if self.usual is None else 0.98 * self.usual + 0.02 * size
         self.bad = self.bad + 1 if wild else 0
+        self.lost = 0 if math.isfinite(loss) else self.lost + 1
         self.diverged = wild and (good or self.diverged)
         self.skipped += not good
         if self.bad == 50:
@@ -301,7 +303,8 @@ class Run:
             print(f"{self.out} was written by {ckpt['world']} processes and goes on with {WORLD}: data and "
                   "noise are the same, but sums are rounded in another order, so not bit for bit")
         if ckpt["step"] >= self.cfg.steps:
-            print(f"{self.out} is finished, at step {ckpt['step']}; a higher --steps goes on")
+            print(f"{self.out} is finished, at step {ckpt['step']}"
+                  + "; a higher --steps goes on" * (not self.cfg.needs_steps()))
         if RANK == 0:
             self.clean_log(ckpt["step"])
             if isinstance(state["ema"], TextToImage):  # the file of a killed run may be older
@@ -328,10 +331,12 @@ class Run:
         """Write ckpt.pt and config.json; a run that replaces another does so with its first checkpoint, after
         the first step, as a whole. All numbers are drawn from (seed, step, position), so seed and step are
         the whole state of the RNG."""
-        if self.diverged and step == self.cfg.steps:
-            fail(f"the loss ended a million times higher than it was; {self.out} keeps the last checkpoint "
-                 "from before; try a lower --lr")
-        if RANK or self.diverged:
+        finite = torch.stack([p.isfinite().all() for p in state["net"].parameters()]).all()
+        broken = self.diverged or not finite or self.lost == step  # no step has learned anything
+        if step == self.cfg.steps and (broken or self.lost > 1):
+            fail("the run ended with a loss a million times what it was, or with losses or weights that are "
+                 f"not finite; {self.out} keeps what it held before; try a lower --lr, or --dtype fp32")
+        if RANK or broken:
             return
         cfg = self.cfg
         ckpt = {name: part.state_dict() for name, part in state.items()}

@@ -110,7 +110,7 @@ def load_net(path, data=None, sigma_d=0.5, device="cpu"):
     options, pipeline = ckpt["options"], "pretrained" in ckpt["options"]
     with reading(f"{path} is damaged, or of another version: its weights do not fit its network"):
         if data and not pipeline:
-            check_fit(path, ckpt, data)
+            check_fit(path, ckpt, data, sigma_d)
         if "diffusers" in options:
             kind = DiffusersCM if ckpt["config"]["mode"] == "consistency" else Diffusers
             net = kind(**options, sigma_d=sigma_d)
@@ -127,8 +127,9 @@ def load_net(path, data=None, sigma_d=0.5, device="cpu"):
     return net.to(device).eval().requires_grad_(False)
 
 
-def check_fit(path, ckpt, data):
-    """Ends the program if a checkpoint is for other samples, other classes or other latents than the data."""
+def check_fit(path, ckpt, data, sigma_d):
+    """Ends the program if a checkpoint is for other samples, other classes, or latents or pixels of another
+    scale than the data."""
     options, space = ckpt["options"], ckpt["config"].get("space")
     names = ckpt.get("made_from", {}).get("classes")
     if tuple(options["shape"]) != data.shape:
@@ -138,6 +139,8 @@ def check_fit(path, ckpt, data):
     if options["classes"] and names and getattr(data, "names", None) and names != data.names:
         fail(f"{path} was trained with the classes {shorten(names)}; this data has {shorten(data.names)}, so "
              "labels would mean something else")
+    if options.get("sigma_d", sigma_d) != sigma_d:
+        fail(f"{path} is a network for --sigma_d {options['sigma_d']}, not {sigma_d}")
     if space and getattr(data, "space", space) != space:
         fail(f"{path} knows latents normalized as {space}, and this data's are {data.space}: encode the "
              f"images for it, with --space {space} --data IMAGES")
@@ -181,7 +184,7 @@ def load_init(net, cfg, data):
     """Start net from the EMA of --init or --teacher. The weighting head belongs to the loss and starts anew.
     So does guidance if the source knows none, and an embedding or a modulation whose form has changed."""
     path = init_path(vars(cfg))
-    source = load_net(path, data)
+    source = load_net(path, data, cfg.sigma_d)
     state, old = net.state_dict(), source.state_dict()
     names = {k for k in state.keys() | old.keys() if not k.startswith(("head.", "extra."))}
     anew = {k for k in names if ".guidance" in k and k not in old}

@@ -50,6 +50,16 @@ def test_toy_runs(train):
     assert Path("out.d/eval.png").exists()
 
 
+def test_what_stops_a_later_run_leaves_the_rows_of_those_before(train, pictures):
+    """Here the second run's data have gone."""
+    train("--steps", 1, "--channels", 16, "--out", "toy")
+    Path(pictures).rename("gone")
+    with pytest.raises(SystemExit):
+        rows("toy", "pictures-run", "--samples", 8, "--nfe", 1)
+    row, = json.loads(Path("out.d/eval.json").read_text())
+    assert row["run"] == "toy"
+
+
 def test_the_seed_is_that_of_the_noise(train):
     """Another seed draws other samples of the same run, and the same seed the same."""
     train("--steps", 1, "--channels", 16, "--out", "toy")

@@ -166,8 +166,11 @@ CASES = [  # script, words, what the line says
     (scm, ["--flip", "auto"], "--flip"), (cm, ["--keep_every", "-1"], "--keep_every"),
     (direct_cm, ["--pretrained", "--image_size", "1"], "--pretrained"),
     (scm, ["--pretrained", "x", "--dataset", "gmm"], "text to image"),
-    (scm, ["--teacher", "help"], "edm2-img512-s"),
+    (scm, ["--teacher", "help"], "edm2-img512-s"), (scm, ["--channel_mult", "a,b"], "such as 1,2,2"),
+    (scm, ["--init", "exact"], "--init is"), (scm, ["--mode", "scd", "--teacher", "none"], "--teacher is"),
+    (scm, ["--nfe", "100000000000000000000"], "--nfe must be at most"),
     # files
+    (scm, [*FOLDER, "pictures", "--init", "run", "--sigma_d", "1"], "--sigma_d 0.5"),
     (scm, [*FOLDER, "flat"], "--conditional false"), (scm, ["--out", "pictures"], "holds other files"),
     (scm, ["--dataset", "cifar10", "--mode", "sct", "--data", "labels.zip"], "--dataset folder"),
     (scm, ["--dry_run", "--out", "toy"], "holds a run already"),

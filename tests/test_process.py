@@ -68,3 +68,15 @@ def test_progress_without_a_terminal(capsys):
     list(kit.process.progress(range(3), every=0, desc="write"))
     printed = capsys.readouterr().err
     assert "\r" not in printed and "write: 100%" in printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize("code, exit_code, said", [
+    ("import not_installed.part", 2, "the package not_installed is missing: pip install not_installed"),
+    ("import kit.not_there", 1, "Traceback"), ("print('\\xfc')", 0, "")])
+def test_end_of_a_program(code, exit_code, said):
+    """A missing package is one line, a bug of ours keeps its traceback, and a terminal that cannot show a
+    name is no reason to stop."""
+    environment = os.environ | dict(PYTHONIOENCODING="ascii:strict")
+    end = subprocess.run([sys.executable, "-c", f"import kit.process; {code}"], cwd=ROOT, env=environment,
+                         capture_output=True, text=True)
+    assert end.returncode == exit_code and said in end.stderr

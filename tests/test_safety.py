@@ -174,6 +174,16 @@ def test_the_last_checkpoint_is_from_before_the_loss_diverged(train, monkeypatch
     assert [line["diverging"] for line in log("run") if "diverging" in line][:3] == [1.0, 2.0, 3.0]
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_run_that_learned_nothing_is_no_success(train, monkeypatch, capsys, steps):
+    """Fewer than 50 losses that are not finite, up to the end, or weights that are not, end in one line."""
+    for words in (["--lr", "1e308"], []):
+        with pytest.raises(SystemExit):
+            train(*TOY, *words, "--steps", steps, "--out", "run")
+        assert "not finite" in capsys.readouterr().err and not Path("run/ckpt.pt").exists()
+        monkeypatch.setitem(scm.LOSSES, "sct", lambda net, *_: (next(net.parameters()).sum() * math.nan, {}))
+
+
 def test_every_nth_checkpoint_is_kept(train):
     """--keep_every: files beside the last one, which --out can sample."""
     train(*TOY, "--steps", 5, "--keep_every", 2, "--out", "run")

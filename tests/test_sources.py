@@ -187,6 +187,15 @@ def test_edms_ramp_up():
     assert "ema_rampup" not in kit.config.preset(cm.PRESETS, "cifar10", "cd")
 
 
+def test_another_projects_model_is_not_replaced(run, capsys):
+    """transformers' files have the names of ours."""
+    Path("hf").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        Path("hf", name).write_text("{}")
+    assert "other files" in one_line(capsys, scm.main, "--export", "hf", "--out", "run")
+    assert Path("hf", "model.safetensors").read_text() == "{}"
+
+
 def test_export_is_the_network(run):
     """--export: safetensors and the options of kit.networks.build give the samples' network."""
     scm.main(["--export", "e", "--out", "run"])
