@@ -503,7 +503,7 @@ def check_resume(out):
     """kill -9, then --resume, of an image network: on a CPU bit for bit the unbroken run; on a GPU sums are
     rounded in another order each time."""
     words = ["scm.py", "--dataset", "shapes", "--mode", "diffusion", *SMALL, "--lr_cooldown", "0",
-             "--overwrite", "--steps"]
+             "--image_size", 16 if CUDA else 8, "--overwrite", "--steps"]
     (out / "broken/ckpt.pt").unlink(missing_ok=True)  # of an earlier call
     child = run([*words, 10**6], out / "broken")
     deadline = time.time() + 120

@@ -38,7 +38,7 @@ def test_commands(name, folder):
 
 
 @pytest.mark.parametrize("name, rows, columns", [("ict", 3, 3), ("intervals", 7, 3), ("guidance", 4, 3),
-                                                 ("segments", 10, 2)])
+                                                 ("annealing", 6, 2)])
 def test_a_claim_ends_in_a_table(name, rows, columns, monkeypatch, capsys):
     """One row a run, a column for each number of steps and one for E; and the chart, if the claim has one."""
     if claims.CLAIMS[name].chart:
