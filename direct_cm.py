@@ -31,8 +31,8 @@ from the same noise, is
     python eval.py out/sdxl --prompts CAPTIONS.txt --reference teacher --features inception --nfe 1 2 4
 """
 # ------------------------------------------------------------------------------------------------- imports
+import kit  # first: it sets how threads wait, which torch reads as it is loaded
 import common
-import kit
 from common import like
 
 import copy
@@ -51,10 +51,10 @@ class Config(kit.Config):
     maker = "scm"  # makes this script's teachers
     distilling = ("cm", "direct", "both")  # the modes that need a teacher
     mode: str = kit.fixed("both")  # training objective; both trains the two students one after the other
-    intervals: int = kit.flag(100, least=1)  # N, solver steps from noise to data; divides 1000
-    hops: int = 0  # cm: solver steps before f^- takes over; 0 is one
+    intervals: int = kit.fixed(100, least=1)  # N, solver steps from noise to data; divides 1000
+    hops: int = kit.flag(0, unused="direct both")  # cm: solver steps before f^- takes over; 0 is one
     solver: Literal["ddim", "euler", "heun"] = "ddim"  # the teacher's
-    guidance: float = 1.0  # w, strength of the teacher's guidance (the paper has 9); 1 is off
+    guidance: float = kit.fixed(1.0)  # w, strength of the teacher's guidance (the paper has 9); 1 is off
     metric: Literal["l2", "huber"] = "l2"  # distance d; huber is elementwise with c = 0.001
     weighting: Literal["one", "snr"] = "one"  # weight of t: 1, or 1 + the SNR of x_0 of variance sigma_d^2
 
@@ -70,8 +70,8 @@ class Config(kit.Config):
             kit.fail(f"--intervals must divide 1000, and {self.intervals} does not")
         if self.nfe > self.intervals or self.intervals < 4 and not self.sample:
             kit.fail(f"--intervals {self.intervals} are too few: a sample takes at most one step for each")
-        if self.hops and self.mode != "cm":
-            kit.fail("--hops goes with --mode cm")
+        if self.hops > self.intervals:
+            kit.fail(f"--hops {self.hops} are more than --intervals {self.intervals}")
 
 
 # ------------------------------------------------------------------------------------------------- PRESETS
@@ -280,18 +280,20 @@ def solution(teacher, noise, y, cfg):
 
 def both(cfg, argv):
     """Train the two students from the same weights, data, times and noise, and say how to compare them.
-    --resume goes on with what is there, and gives the second student the flags of the first."""
+    --resume goes on with what is there, and gives a student that has not begun the flags of the other."""
     paths = {mode: f"{cfg.out}/{mode}" for mode in ("cm", "direct")}
     there = [path for path in paths.values() if Path(path, "ckpt.pt").exists()]
     if there and not (cfg.overwrite or cfg.resume):
         kit.fail(f"{cfg.out} holds students already: --overwrite or --resume both, or choose another --out")
-    resume = cfg.resume
-    for mode, path in paths.items():
-        if resume and path in there:
-            cfg = kit.parse_args(Config, PRESETS, LOSSES, [*argv, "--resume", "--mode", mode, "--out", path])
-        else:
-            cfg = replace(cfg, mode=mode, out=path, resume=False)
-        train(cfg)
+    begun = {mode: kit.parse_args(Config, PRESETS, LOSSES, [*argv, "--resume", "--mode", mode, "--out", path])
+             for mode, path in paths.items() if cfg.resume and path in there}
+    flags = next(iter(begun.values()), cfg)
+    parts = [begun.get(mode) or replace(flags, mode=mode, out=path, resume=False)
+             for mode, path in paths.items()]
+    for part in parts:  # both, before the first is trained
+        kit.check_out(part)
+    for part in parts:
+        train(part)
     if kit.RANK == 0:
         print(f"the paper's table: python eval.py {' '.join(paths.values())} --reference teacher")
 
@@ -301,6 +303,8 @@ def main(argv=None):
     cfg = kit.parse_args(Config, PRESETS, LOSSES, argv)
     if cfg.sample:
         return kit.write_samples(cfg, sample)
+    if cfg.dry_run and cfg.mode == "both":  # <- method
+        cfg = replace(cfg, out=f"{cfg.out}/cm")  # <- method: one of the two, of equal cost
     if cfg.dry_run:
         return kit.dry_run(cfg)
     if cfg.export:

@@ -27,9 +27,10 @@ images  frechet_distance    n samples, all reference images, covariances over n 
 text    clip_score          mean cosine of CLIP ViT-L/14's image and prompt, resized to 224 by its processor
         aesthetic_score     mean of LAION's linear predictor on CLIP's normalized image features
 """
+import kit  # first: it sets how threads wait, which torch reads as it is loaded
 import common
-import kit
 from kit.config import foreign_values, make_config
+from kit.data import keep_apart
 from kit.features import feature_network, text_scores
 from kit.metrics import (Moments, Reference, energy_distance, image_metrics, mode_shares, precision_recall,
                          rms, sliced_wasserstein)
@@ -345,7 +346,9 @@ def main(argv=None):
     args = parse_args(argv)
     device = start_processes("gloo")
     for path in args.runs:  # so that a typo is found before hours of sampling
-        read_npz(path) if path.endswith(".npz") else kit.read_checkpoint(path)
+        known = {} if path.endswith(".npz") and read_npz(path) else kit.read_checkpoint(path)["config"]
+        for data in (args.reference, known.get("data")):  # pictures to be compared, or trained on
+            keep_apart("--out", args.out, data)
     with reading(f"--out {args.out} is no folder to write to"):
         Path(args.out).mkdir(parents=True, exist_ok=True)
     tools, found = make_tools(args, device), {}

@@ -27,14 +27,15 @@ end of t's segment, so f is no map to t = 0 but one DDIM step; 3) aDDIM; 4) samp
     python multistep_cm.py --sample 4 --prompt "a red fox in the snow" --nfe 16 --out out/mcm-sdxl
 """
 # ------------------------------------------------------------------------------------------------- imports
+import kit  # first: it sets how threads wait, which torch reads as it is loaded
 import common
-import kit
 from common import like
 
 import copy
 import functools
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -52,16 +53,16 @@ class Config(kit.Config):
     x_var_frac: float = 0.75  # aDDIM: Var[x | z_t] is this times (x* - x)^2; 0 is 0.1 / (2 + SNR)
     x_var_data: bool = False  # aDDIM as a sampler: measure (x* - x)^2 on the data; false is 0.1 / (2 + SNR)
     huber_c: float = 1e-4  # epsilon of the pseudo-Huber norm, a root mean square
-    guidance: float = 1.0  # strength of the teacher's guidance in cd and pd, 1 + the paper's g; 1 is off
-    noise_res: tuple = ()  # noise resolutions at t = 1 and t = 0, and the image's; none is the plain cosine
-    pd_start: int = kit.fixed(64, least=1)  # pd: steps of the first student, halved down to student_steps
+    guidance: float = kit.fixed(1.0, unused="diffusion ct")  # of the teacher, 1 + the paper's g; 1 is off
+    noise_res: tuple = kit.fixed(())  # noise resolutions at t = 1 and 0, and the image's; none: plain cosine
+    pd_start: int = kit.fixed(64, least=1, unused="diffusion ct cd")  # pd: steps of the first student
     figure: bool = kit.call(False, implies=lambda _: dict(dataset="gmm1d"))  # draw paths in 1-D
 
     def needs_steps(self):
         return super().needs_steps() or self.mode == "pd" or self.mode != "diffusion" and self.anneal > 0
 
     def guides_teacher(self):
-        return self.guidance != 1
+        return self.distills() and self.guidance != 1
 
     def inference(self):
         n = self.student_steps
@@ -70,8 +71,9 @@ class Config(kit.Config):
         return dict(scheduler="TCDScheduler", eta=0.0, guidance_scale=1.0, ratios=ratios)
 
     def check(self):
-        if self.figure and (self.dataset != "gmm1d" or kit.WORLD > 1):
-            kit.fail("--figure is for --dataset gmm1d and one process")
+        if self.figure and (self.mode == "diffusion" or self.sample or self.export or self.resume
+                            or self.dry_run or kit.WORLD > 1):
+            kit.fail("--figure trains students of 1, 2 and 4 steps anew, in one process, and draws them")
         if self.mode == "pd" and self.pd_start / self.student_steps not in (2**i for i in range(20)):
             kit.fail(f"--pd_start must be --student_steps {self.student_steps} times a power of 2")
         if self.x_var_data and not self.x_var_frac:
@@ -380,9 +382,14 @@ def figure(cfg):
     ends in. Gray lines are the segments' ends."""
     noise = cfg.sigma_d * torch.special.ndtri((torch.arange(60) + 0.5) / 60)[:, None]
     data, columns = kit.dataset(cfg), {}
-    for title, steps in {"1 step": 1, "2 steps": 2, "4 steps": 4, "ODE": PATH_STATES}.items():
-        part = replace(cfg, student_steps=steps, out=f"{cfg.out}/{steps}")
-        net, path, marks = data, [], []  # of the ODE: many DDIM steps of the exact teacher
+    if Path(cfg.out, "paths.png").exists() and not cfg.overwrite:
+        kit.fail(f"{cfg.out}/paths.png is there already: --overwrite it, or choose another --out")
+    parts = {n: replace(cfg, student_steps=n, out=f"{cfg.out}/{n}") for n in (1, 2, 4, PATH_STATES)}
+    for part in list(parts.values())[:3]:  # all of them, before the first is trained
+        part.check()
+        kit.check_out(part)
+    for title, part in zip(["1 step", "2 steps", "4 steps", "ODE"], parts.values()):
+        steps, net, path, marks = part.student_steps, data, [], []  # ODE: many steps of the exact teacher
         if title != "ODE":
             train(part)
             net, marks = kit.load_net(part.out), [i / steps for i in range(1, steps)]

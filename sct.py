@@ -24,8 +24,8 @@ target; 3) segments, sampled without noise; 4) guidance by the average at half o
     torchrun --nproc_per_node=8 sct.py --dataset cifar10 --init RUN --reference dataset
 """
 # ------------------------------------------------------------------------------------------------- imports
+import kit  # first: it sets how threads wait, which torch reads as it is loaded
 import common
-import kit
 from common import like
 
 import copy
@@ -52,10 +52,10 @@ class Config(kit.Config):
     huber_c: float = 1e-8  # c, width of the pseudo-Huber norm; 1e-8 is all but the norm itself
     delta: float = 1e-4  # in the weight 1 / (t - s + delta); ECT has 0
     weighting: Literal["gap", "snr"] = "gap"  # 1 / (t - s + delta), or 1 / t^2 + 1 / sigma_d^2
-    uncertainty: bool = False  # diffusion: learn the loss's weight at each t, as EDM2 does
-    reference: Literal["batch", "dataset"] = "batch"  # sct averages over the batch, or all of the data
+    uncertainty: bool = kit.flag(False, unused="ect sct")  # diffusion: learn the loss's weight, as EDM2
+    reference: Literal["batch", "dataset"] = kit.flag("batch", unused="diffusion ect")  # sct averages over it
     class_size: int = 0  # images of a class that sct averages over, new ones each step; 0 is all
-    phases: int = kit.fixed(1, least=1)  # K, segments of the ODE, and so of sampling steps; 1 is off
+    phases: int = kit.fixed(1, least=1, most=1000, unused="diffusion")  # K, segments of the ODE; 1 is off
     eta: float = 1.0  # with phases: sampling stops at eta times the edges (Eq. 20); 1 is off
     sigmas: tuple = kit.flag((80.0, 0.821), implies=lambda v: dict(nfe=len(v)))  # levels of the sampler
     sigma_shift: float = 0.0  # in sampling, c_skip and c_out take the noise level less this
@@ -72,11 +72,13 @@ class Config(kit.Config):
                      "--init RUN, or none to start anew")
         if not self.sigmas or not all(a > b > 0 for a, b in zip((1e6, *self.sigmas), self.sigmas)):
             kit.fail("--sigmas must be noise levels that fall, such as 80,0.821")
+        if self.eta != 1 and self.phases == 1:
+            kit.fail("--eta goes with --phases")
         if self.shrink <= 1 or self.huber_c == 0:
             kit.fail("--shrink must be above 1, as t - s shrinks by it, and --huber_c above 0")
         if self.class_size and (self.reference != "dataset" or self.dataset == "gmm"):
             kit.fail("--class_size goes with --reference dataset, on images")
-        if self.flip and self.mode == "sct" and self.reference == "dataset":
+        if self.flip and self.mode not in ("diffusion", "ect") and self.reference == "dataset":
             kit.fail("--reference dataset holds no mirrored images: no --flip")
         if self.guidance != 1 and self.guide == "label" and not (self.conditional and self.label_dropout):
             kit.fail("--guide label needs a run with --conditional and --label_dropout")

@@ -22,6 +22,11 @@ Each file has one subject and imports only files below it:
 
 These names are for scripts, and for your own code:
 """
+import os
+
+# Threads that wait for each other leave their cores to other programs. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from kit.config import (
     EDM2_NET,
     EDM2_TEACHERS,
@@ -40,6 +45,6 @@ from kit.layers import normalize_weights
 from kit.metrics import distance
 from kit.process import RANK, WORLD, fail, reading
 from kit.report import export, lines, noise_and_labels, panels, place, report, write_samples
-from kit.run import Run, dry_run, lerp, make_optimizer
+from kit.run import Run, check_out, dry_run, lerp, make_optimizer
 from kit.teachers import init_path, load_net, load_teacher, network, read_checkpoint
 from kit.text import Epsilon

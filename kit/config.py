@@ -1,5 +1,5 @@
 """The shared flags, the presets of the datasets, the command line."""
-from kit.data import Latents, Stored, check_data, cifar10, image_folder, latents, to_uint8
+from kit.data import Latents, Stored, check_data, cifar10, image_folder, keep_apart, latents, to_uint8
 from kit.process import RANK, WORLD, fail
 from kit.teachers import init_path, read_checkpoint
 from kit.text import Captions
@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import functools
 import inspect
-import math
 import re
 from pathlib import Path
 from typing import Literal, get_args
@@ -18,10 +17,11 @@ from typing import Literal, get_args
 def flag(default, **rules):
     """A field of a Config with rules that stand nowhere else:
 
-    least, most   bounds of a number; least is 0, or none if the default is negative
+    least, most   bounds of a number; by default 0, or -10^9 where the default is negative, and 10^9
     change        when it may differ from the stored run's: in "sampling" (the default), on "resume" too,
                   "never", or it belongs to one "call" and is not stored
-    implies       its value -> values of other flags, where those are not given
+    implies       its value -> values of other flags, which may not be given others
+    unused        the modes in which it has no effect, and is refused
     net           it is an argument of the network's constructor
     form          its value is the method's choice, which is kept when another project's network is finetuned
     inherited     a student takes it over from its teacher
@@ -77,9 +77,9 @@ class Config:
     ema_halflife: float = 5e5  # half-life of the EMA in samples; 0 too is no EMA
     ema_rampup: float = flag(0.0, most=1)  # longest half-life, as a share of the samples seen; 0 is off
     arch: Literal["edm2", "ddpmpp"] = of_net("edm2")  # blocks of the U-Net: EDM2's, or EDM's for CIFAR-10
-    channels: int = of_net(64, least=2)  # channels of the first level; for points, of all layers
+    channels: int = of_net(64, least=2, most=2**16)  # channels of the first level; for points, of all layers
     channel_mult: tuple = of_net((1, 2))  # channels of each level over --channels; a level halves the image
-    blocks: int = of_net(2, least=1)  # residual blocks a level; for points, in all
+    blocks: int = of_net(2, least=1, most=1000)  # residual blocks a level; for points, in all
     attention: tuple = of_net((8,))  # resolutions with self-attention
     emb: Literal["positional", "fourier"] = form("positional")  # embedding of the time
     emb_scale: float = form(1.0)  # highest frequency (positional) or bandwidth (fourier) of that embedding
@@ -89,7 +89,7 @@ class Config:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # precision of the U-Net's torso
     checkpointing: bool = free(False)  # keep no activations within blocks; on a GPU, set if few samples fit
     compile: bool = free(False)  # apply torch.compile to the passes that have no JVP
-    sigma_d: float = of_net(0.5)  # standard deviation of the data
+    sigma_d: float = of_net(0.5, least=1e-6)  # standard deviation of the data
     seed: int = flag(0, most=2**63 - 1)  # of weights, data, times and noise
     log_every: int = free(100, least=1)  # steps between lines of log.jsonl
     save_every: int = free(1000, least=1)  # steps between checkpoints
@@ -101,7 +101,7 @@ class Config:
     dry_run: bool = call(False)  # check data and teacher, print size, memory and cost, and train nothing
     sample: int = opens(0)  # draw this many samples from the run in --out, instead of training
     nfe: int = call(1, least=1, most=2**20)  # network evaluations a sample
-    label: int = call(-1)  # class to sample; -1 takes all in turn
+    label: int = call(-1, least=-1)  # class to sample; -1 takes all in turn
     save: str = call("")  # where samples go, a .png or an .npz; "" is samples.png in --out
     export: str = opens("")  # write the averaged network of the run in --out to this folder, as safetensors
 
@@ -162,8 +162,7 @@ PRESETS = {  # by dataset: its toy defaults, its network, its teachers; a script
     "folder": dict(conditional=True, steps=500, batch=128, lr=2e-3, lr_cooldown=0.5, channels=32, blocks=1),
     "folder --mode diffusion": dict(steps=3000, lr=1e-2, lr_warmup=100, P_mean=-1.2, P_std=1.2,
                                     label_dropout=0.1),
-    # EDM's CIFAR-10 recipe, in fp32 without TF32, as EDM, ECT and sCM train it. By arithmetic --dtype fp16
-    # takes a quarter of the time on an H100; --dry_run prints both.
+    # EDM's recipe, in fp32 without TF32, as EDM, ECT and sCM train it. --dry_run prints fp16's time, too.
     # DEPARTS: EDM augments (p = 0.12, nine labels); here --flip at most, as the students are not augmented
     "cifar10": dict(arch="ddpmpp", double_norm=False, channels=128, channel_mult=(2, 2, 2), blocks=4,
                     attention=(16,), optimizer="radam", ema_sigma_rel=0.0, save_every=2500),
@@ -214,7 +213,9 @@ def parse_args(Config, presets, modes, argv=None):
         if fields[name].metadata.get("opens") and not value and fields[name].type is not bool:
             fail(f"--{name} {value!r}: give it a value, or leave it out")
     for name in [name for name, value in flags.items() if value]:
-        flags = fields[name].metadata.get("implies", lambda value: {})(flags[name]) | flags
+        for other, value in fields[name].metadata.get("implies", lambda value: {})(flags[name]).items():
+            if flags.setdefault(other, value) != value:
+                fail(f"--{name} goes with --{other} {value}, not {flags[other]}")
     name = flags.get("dataset", Config.dataset)
     names = name, flags.get("mode", preset(presets, name).get("mode", Config.mode))
     flags["out"] = flags.get("out") or usual_out(Config, script, *names)
@@ -229,8 +230,8 @@ def parse_args(Config, presets, modes, argv=None):
     datasets = [key for key in presets if " " not in key]
     for name, valid in (("dataset", datasets), ("mode", list(modes)), ("size", ["", *dict.fromkeys(sizes)])):
         if choice[name] not in valid:
-            known = ", ".join(filter(None, valid)) or "the default"
-            fail(f"unknown {name} {choice[name]!r}; the {name}s are {known}")
+            valid = ", ".join(filter(None, valid)) or "the default"
+            fail(f"unknown {name} {choice[name]!r}; the {name}s are {valid}")
     values = preset(presets, **choice)
     if not stored:
         values |= usual_teacher(script, make_config(Config, values | flags))
@@ -244,6 +245,12 @@ def parse_args(Config, presets, modes, argv=None):
                    and fields[name].metadata.get("inherited")
                    and not (finetunes and fields[name].metadata.get("form"))}
     cfg = make_config(Config, values | stored | flags)
+    for name, value in flags.items():
+        if cfg.mode in fields[name].metadata.get("unused", "").split() and value != fields[name].default:
+            fail(f"--{name} has no effect in --mode {cfg.mode}")
+    unused = cfg.init == "none" and "init" not in flags and not (cfg.distills() or stored)
+    if unused and flags.get("teacher", "exact") != "exact":
+        fail(f"--mode {cfg.mode} has no --teacher here, but can start from a run: --init RUN")
     check_values(cfg, fields)
     cfg.check()
     return cfg
@@ -311,10 +318,9 @@ def usual_teacher(script, cfg):
             print(f"--{name} {found}, as none was given")
         return {name: str(found)}
     if name == "teacher":
-        maker = cfg.maker or script
-        fail(f"--mode {cfg.mode} distills a teacher, and there is none in {own.parent}: make it with "
-             f"python {maker}.py --dataset {cfg.dataset} --mode diffusion{data_flag(cfg)}, or give --teacher "
-             "RUN")
+        make = f"python {cfg.maker or script}.py --dataset {cfg.dataset} --mode diffusion{data_flag(cfg)}"
+        fail(f"--mode {cfg.mode} distills a teacher, and there is none in {own.parent}: make it with {make}, "
+             "or give --teacher RUN")
     return {}
 
 
@@ -359,11 +365,10 @@ def make_parser(Config, script, modes):
 
 
 def read_bool(text):
-    if text == "auto":  # of --resume alone
-        return text
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "auto": "auto"}
+    if text.lower() not in known:  # auto is of --resume alone
         raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
-    return text.lower() in ("true", "1", "yes")
+    return known[text.lower()]
 
 
 def read_numbers(text):
@@ -377,27 +382,23 @@ def check_values(cfg, fields):
     """Ends the program on values that no run can use, in any script."""
     for name, field in fields.items():
         value, number = getattr(cfg, name), field.type in (int, float)
-        least = field.metadata.get("least", -math.inf if number and field.default < 0 else 0)
-        most = field.metadata.get("most", math.inf)
-        if number and not (math.isfinite(value) and least <= value):
-            bound = f", at least {least}" if math.isfinite(least) else ""
-            fail(f"--{name} must be a finite number{bound}, not {value}")
-        if number and value > most:
-            fail(f"--{name} must be at most {most}, not {value}")
-        if field.type is tuple and not all(math.isfinite(v) for v in value):
-            fail(f"--{name} takes finite numbers, not {value}")
+        least = field.metadata.get("least", -10**9 if number and field.default < 0 else 0)
+        most = field.metadata.get("most", 10**9)
+        if number and not least <= value <= most:  # nan is not, either
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            fail(f"--{name} must be {bound}, not {value}")
+        if field.type is tuple and not all(abs(v) <= 10**9 for v in value):
+            fail(f"--{name} takes numbers up to 10^9, not {value}")
     if cfg.channels % 2:
         fail(f"--channels must be even, not {cfg.channels}")
     if not cfg.channel_mult or not all(type(m) is int and m > 0 for m in cfg.channel_mult):
         fail("--channel_mult takes whole numbers above 0, such as 1,2,2")
-    if not cfg.sigma_d:
-        fail("--sigma_d must be above 0")
     if cfg.init == "exact" or cfg.teacher == "none":
         fail("--init is a run, or none for random weights; --teacher is a run, or exact")
-    if cfg.pretrained and kind(cfg.dataset) is not Captions:
-        fail(f"--pretrained is text to image, and --dataset {cfg.dataset} has no captions")
     if cfg.guides_teacher() and not cfg.conditional:
         fail("guidance compares with no label, so it needs --conditional")
+    if cfg.prompt and not cfg.pretrained:
+        fail("--prompt is what a run with --pretrained samples")
     if cfg.flip and cfg.dataset in MIXTURES:
         fail("--flip mirrors images, and --dataset gmm has points")
     if cfg.batch % (WORLD * (cfg.micro or 1)):
@@ -405,12 +406,14 @@ def check_values(cfg, fields):
     opened = {name for name, field in fields.items() if field.metadata.get("opens") and getattr(cfg, name)}
     if cfg.label >= 0 and not opened - {"resume"}:
         fail("--label chooses what to --sample; training takes all classes")
+    opened = opened - {"resume"} | {"dry_run"} if cfg.dry_run else opened
     if len(opened) > 1:
         fail(f"--{' and --'.join(sorted(opened))} are different things to do with a run: one at a time")
     if cfg.resume and cfg.overwrite:
         fail("--resume goes on with the run in --out, --overwrite replaces it: give one of them")
     if cfg.save and Path(cfg.save).suffix not in (".png", ".npz"):
         fail(f"--save takes a .png or a .npz file, not {cfg.save}")
+    keep_apart("--save", cfg.save, cfg.data)
 
 
 # ------------------------------------------------------------------------------------------------ datasets
@@ -439,6 +442,8 @@ def dataset(cfg, device="cpu"):
 
 def to_pixels(x, cfg):
     """x0 as uint8 pixels (B, C, H, W), without the data if they are not your own; points stay points."""
+    if not x.isfinite().all():
+        fail("the samples are not finite numbers: the network, or a flag of the sampler, is out of bounds")
     own = cfg.own_dataset(x.device)
     if own is None:
         return kind(cfg.dataset).pixels(x, cfg)

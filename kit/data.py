@@ -21,6 +21,14 @@ import torch
 from PIL import Image, ImageOps
 
 
+def keep_apart(flag, path, data):
+    """Ends the program if what --flag names lies in the folder of a dataset, whose pictures it would join."""
+    with reading(f"{flag} {path}"):
+        here = Path(path).resolve()
+        if path and data and Path(data).is_dir() and Path(data).resolve() in (here, *here.parents):
+            fail(f"{flag} {path} lies in --data {data}, whose pictures it would join: choose another")
+
+
 def check_data(data, cfg, device):
     """Ends the program if a dataset is not what Config.own_dataset describes."""
     shape, classes = getattr(data, "shape", None), getattr(data, "classes", None)

@@ -1,6 +1,7 @@
 """Pictures, the report at the end of training, --sample and --export."""
 from common import Draw, ode_times, solve
 from kit.config import dataset, to_pixels
+from kit.data import keep_apart
 from kit.metrics import energy_distance, rms
 from kit.process import HINTS, RANK, alone, atomic_write, fail, progress, reading
 from kit.teachers import load_net, read_checkpoint
@@ -192,6 +193,7 @@ def export(cfg):
         net.load_state_dict(load_file("exported/model.safetensors"))
         noise, t = torch.randn(1000, 2), torch.full((1000, 1), 1.5645)  # TrigFlow's largest angle
         x_0 = options["sigma_d"] * (t.cos() * noise - t.sin() * net(noise, t[:, 0]))"""
+    keep_apart("--export", cfg.export, cfg.data)
     net, folder = load_net(cfg.out), Path(cfg.export)
     ours = {"model.safetensors", "config.json"}, {"pytorch_lora_weights.safetensors", "inference.json"}
     with reading(f"cannot write {folder}"):

@@ -1,6 +1,6 @@
 """One training run: optimizer, averages, micro-batches, log, save, resume; and a forecast of memory."""
 from kit.config import dataset, kind
-from kit.data import Stored
+from kit.data import Stored, keep_apart
 from kit.layers import DTYPES
 from kit.networks import build
 from kit.process import (HINTS, RANK, WORLD, atomic_write, barrier, end_at_sigterm, fail, is_ours,
@@ -147,9 +147,8 @@ def check_out(cfg):
     out = Path(cfg.out)
     if "://" in cfg.out:
         fail(f"--out {out} is no folder to write to")
+    keep_apart("--out", out, cfg.data)
     with reading(f"--out {out}"):
-        if cfg.data and Path(cfg.data).is_dir() and Path(cfg.data).resolve() in out.resolve().parents:
-            fail(f"--out {out} lies in --data {cfg.data}, whose pictures it would join: choose another --out")
         kept = (out / "ckpt.pt").is_file()
     if not is_ours(out) and kept:
         read_checkpoint(out)  # a copied run may lack the mark; another project's file ends the program
@@ -158,8 +157,8 @@ def check_out(cfg):
     with reading(f"--out {out}"):
         if (out / "ckpt.pt").exists() and not cfg.resume and not cfg.overwrite:
             fail(f"{out} holds a run already: --resume it, --overwrite it, or choose another --out")
-        sources = Path(cfg.teacher).resolve(), Path(cfg.init).resolve()
-        if cfg.overwrite and out.resolve() in sources:
+        sources = [Path(source).resolve() for source in (cfg.teacher, cfg.init) if Path(source).exists()]
+        if cfg.overwrite and any(out.resolve() in (source, source.parent) for source in sources):
             fail(f"--overwrite would replace {out}, the --teacher or --init: choose another --out")
 
 
@@ -285,21 +284,21 @@ class Run:
         if not self.cfg.resume:
             return 0
         ckpt = read_checkpoint(self.out)
-        for name, before in ckpt.get("made_from", {}).items():
+        for name, before in ckpt["made_from"].items():
             now = self.made_from.get(name)
             if before and now and before != now:
                 told = f" ({shorten(now)} instead of {shorten(before)})" if name == "classes" else ""
                 fail(f"{self.out} was trained with other {name}{told}: give those of before with "
                      f"--{'teacher' if name == 'teacher' else 'data'}, or start anew with another --out")
-        for name, options in ckpt.get("extra", {}).items():  # what the script has added while training
-            if name not in state["ema"].extra:
-                state["ema"].extra[name] = build(options).eval().requires_grad_(False).to(self.device)
         with reading(f"{self.out} cannot be resumed: these flags change the network or the optimizer"):
+            for name, options in ckpt["extra"].items():  # what the script has added while training
+                if name not in state["ema"].extra:
+                    state["ema"].extra[name] = build(options).eval().requires_grad_(False).to(self.device)
             for name, part in state.items():
                 part.load_state_dict(ckpt[name])
-            self.began, self.micro = time.time() - ckpt["seconds"], ckpt.get("micro", 0)
-            self.frames = ckpt.get("frames", {})
-        if ckpt.get("world", WORLD) != WORLD and RANK == 0:
+            self.began, self.micro = time.time() - ckpt["seconds"], ckpt["micro"]
+            self.frames = ckpt["frames"]
+        if ckpt["world"] != WORLD and RANK == 0:
             print(f"{self.out} was written by {ckpt['world']} processes and goes on with {WORLD}: data and "
                   "noise are the same, but sums are rounded in another order, so not bit for bit")
         if ckpt["step"] >= self.cfg.steps:

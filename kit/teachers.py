@@ -8,8 +8,10 @@ from kit.text import Epsilon, TextToImage
 import dataclasses
 import functools
 import hashlib
+import math
 import re
 import urllib.parse
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -73,11 +75,14 @@ def read_file(path, *stamp):
     if path.suffix == ".pkl":
         return read_edm(path)
     anew = "; delete it to download it anew" if path.parent == Path("data/teachers") else ""
-    with reading(f"{path} is truncated, or no checkpoint{anew}"):
+    with reading(f"{path} is truncated, or no checkpoint{anew}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about the protocol of what it then refuses
         mapped = stamp[1] >= MAPPED and zipfile.is_zipfile(path)
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    kinds = dict(script=str, config=dict, options=dict, net=dict, ema=dict, step=int, seconds=float)
-    if not isinstance(ckpt, dict) or not all(isinstance(ckpt.get(k), kind) for k, kind in kinds.items()):
+    kinds = dict(script=str, config=dict, options=dict, net=dict, ema=dict, step=int, seconds=float,
+                 made_from=dict, extra=dict, frames=dict, micro=int, world=int)
+    ours = isinstance(ckpt, dict) and all(isinstance(ckpt.get(k), kind) for k, kind in kinds.items())
+    if not ours or not (ckpt["step"] >= 0 and 0 <= ckpt["seconds"] < math.inf):
         fail(f"{path} was not written by one of these scripts")
     return ckpt
 

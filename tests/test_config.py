@@ -156,8 +156,7 @@ def test_resume_takes_everything_from_the_stored_run(script, train, capsys):
         if field.name not in FREE and field.metadata.get("change") != "call":
             words = another(field, before[field.name])
             line = one_line(capsys, script.main, "--resume", "--out", "run", f"--{field.name}", words)
-            name = "dataset" if field.name == "pretrained" else field.name  # which implies another
-            assert f"--{name} " in line and "it cannot become" in line, line
+            assert f"--{field.name} " in line and "it cannot become" in line, line
             tried += 1
     assert tried > 35 and config_of("run") == before
 
@@ -199,11 +198,13 @@ def test_resume_may_change_what_cannot_change_the_result(train):
 
 
 @pytest.mark.parametrize("script", [cm, sct])
-def test_noise_levels_are_as_many_evaluations(script):
-    """--sigmas names them all, unless --nfe says otherwise."""
+def test_noise_levels_are_as_many_evaluations(script, capsys):
+    """--sigmas names them all, and another --nfe is refused."""
     def nfe(*words):
         return kit.parse_args(script.Config, script.PRESETS, script.LOSSES, list(words)).nfe
-    assert nfe("--sigmas", "80,5,1") == 3 and nfe("--sigmas", "80,5,1", "--nfe", "2") == 2
+    assert nfe("--sigmas", "80,5,1") == nfe("--sigmas", "80,5,1", "--nfe", "3") == 3
+    for words in (["--sigmas", "80,5,1", "--nfe", "2"], ["--sigmas", "80", "--nfe", "2"]):
+        assert "--nfe" in fails(capsys, nfe, *words)
 
 
 def test_folders_by_convention(capsys, monkeypatch):

@@ -195,6 +195,18 @@ def test_flags_beside_resume_reach_both_students():
     direct_cm.main("--resume --steps 2 --out pair".split())
     kept = [kit.read_checkpoint(f"pair/{mode}") for mode in ("cm", "direct")]
     assert [ckpt["step"] for ckpt in kept] == [2, 2]
-    shutil.rmtree("pair/direct")
-    direct_cm.main("--resume --out pair".split())
-    assert same(kit.read_checkpoint("pair/direct")["net"], kept[1]["net"])
+    for i, mode in enumerate(("cm", "direct")):
+        shutil.rmtree(f"pair/{mode}")
+        direct_cm.main("--resume --out pair".split())
+        assert same(kit.read_checkpoint(f"pair/{mode}")["net"], kept[i]["net"])
+
+
+def test_neither_student_is_trained_if_one_may_not_be(capsys):
+    """--overwrite with a start that lies in the second student's folder leaves the first one as it was; and
+    --dry_run looks at the folders of the students."""
+    words = "--channels 16 --blocks 1 --batch 64 --steps 1 --intervals 4 --out pair".split()
+    direct_cm.main(words)
+    before = Path("pair/cm/ckpt.pt").read_bytes()
+    line = one_line(capsys, direct_cm.main, *words, "--overwrite", "--init", "pair/direct")
+    assert "would replace pair/direct" in line and Path("pair/cm/ckpt.pt").read_bytes() == before
+    assert "holds a run already" in one_line(capsys, direct_cm.main, *words, "--dry_run")

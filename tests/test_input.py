@@ -8,6 +8,7 @@ import sct
 from conftest import draw_pictures
 
 import json
+import math
 import shutil
 import zipfile
 from pathlib import Path
@@ -43,7 +44,8 @@ def damage():
     changes = dict(nokey=dict(step=None), noconfig=dict(config=3), nooptions=dict(options={}),
                    oldnames=dict(ema={"cond.linear.weight": torch.zeros(1)}), badshape=dict(ema=cut),
                    noscript=dict(script="mine"), module=dict(script="common"), itself=dict(script="eval"),
-                   badtype=dict(config=ckpt["config"] | dict(seed="zero")))
+                   badtype=dict(config=ckpt["config"] | dict(seed="zero")), notime=dict(seconds=math.nan),
+                   badextra=dict(extra="weak"))
     for name, change in changes.items():
         Path(name).mkdir()
         torch.save(ckpt | change, f"{name}/ckpt.pt")
@@ -111,7 +113,7 @@ INCEPTION = ["run", "--features", "inception", "--weights", "means.pt", "--sampl
 DAMAGED = dict(
     empty="no checkpoint", half="truncated", text="truncated", nokey="not written by",
     noconfig="not written by", nooptions="damaged", oldnames="another version", badshape="do not fit",
-    badtype="--seed", noscript="mine.py")
+    badtype="--seed", noscript="mine.py", notime="not written by", badextra="not written by")
 CASES = [  # script, words, what the line says
     (scm, ["--speed", "3"], "the flags are --dataset"), (scm, ["--mode", "cd"], "diffusion, scd, sct, dscd"),
     (scm, ["--dataset", "mnist"], "gmm, shapes, folder, cifar10"), (scm, ["--tangent", "none"], "normalize"),
@@ -151,7 +153,7 @@ CASES = [  # script, words, what the line says
     (multistep_cm, ["--mode", "pd", "--pd_start", "12"], "--pd_start"),
     (multistep_cm, ["--guidance", "2"], "--conditional"), (direct_cm, ["--intervals", "300"], "1000"),
     (direct_cm, ["--intervals", "2"], "too few"), (direct_cm, ["--guidance", "9"], "--conditional"),
-    (direct_cm, ["--hops", "3"], "--mode cm"), (direct_cm, ["--mode", "other"], "both"),
+    (direct_cm, ["--hops", "3"], "no effect in --mode both"), (direct_cm, ["--mode", "other"], "both"),
     (direct_cm, ["--dataset", "text"], "--pretrained"),
     (sct, ["--dataset", "folder", "--data", "nowhere"], "--init"), (sct, ["--sigmas", "1,80"], "--sigmas"),
     (sct, ["--dataset", "shapes", "--teacher", "exact"], "--init"), (sct, ["--reference", "all"], "batch"),
@@ -165,10 +167,26 @@ CASES = [  # script, words, what the line says
     (scm, ["--resume", "auto", "--overwrite", "--out", "toy"], "one of them"),
     (scm, ["--flip", "auto"], "--flip"), (cm, ["--keep_every", "-1"], "--keep_every"),
     (direct_cm, ["--pretrained", "--image_size", "1"], "--pretrained"),
-    (scm, ["--pretrained", "x", "--dataset", "gmm"], "text to image"),
+    (scm, ["--pretrained", "x", "--dataset", "gmm"], "--dataset text"),
     (scm, ["--teacher", "help"], "edm2-img512-s"), (scm, ["--channel_mult", "a,b"], "such as 1,2,2"),
     (scm, ["--init", "exact"], "--init is"), (scm, ["--mode", "scd", "--teacher", "none"], "--teacher is"),
     (scm, ["--nfe", "100000000000000000000"], "--nfe must be at most"),
+    (scm, ["--blocks", "100000000000000000000"], "--blocks must be at most"),
+    (sct, ["--huber_c", "1e300"], "--huber_c must be at most"), (scm, ["--label", "-7"], "--label must be"),
+    (scm, ["--prompt", "a red fox"], "--pretrained"), (sct, ["--teacher", "toy"], "--init RUN"),
+    # what does not go together
+    (scm, ["--sample", "4", "--dry_run", "--out", "toy"], "one at a time"),
+    (sct, ["--sigmas", "80", "--nfe", "2"], "--nfe 1"), (sct, ["--eta", "0.5"], "--phases"),
+    (sct, ["--mode", "ect", "--reference", "dataset"], "no effect in --mode ect"),
+    (multistep_cm, ["--mode", "ct", "--guidance", "2"], "no effect in --mode ct"),
+    (direct_cm, ["--mode", "cm", "--hops", "101"], "--intervals 100"),
+    (multistep_cm, ["--figure", "--dry_run"], "--figure"),
+    (multistep_cm, ["--figure", "--mode", "diffusion", "--solver", "heun"], "--figure"),
+    (multistep_cm, ["--figure", "--mode", "pd", "--student_steps", "3", "--pd_start", "3"], "--pd_start"),
+    (scm, ["--sample", "4", "--out", "run", "--save", "pictures/x.png"], "would join"),
+    (scm, ["--export", "pictures/x", "--out", "run"], "would join"),
+    (evaluation, ["run", "--out", "pictures"], "would join"),
+    (evaluation, ["run", "--reference", "wide", "--out", "wide/a"], "would join"),
     # files
     (scm, [*FOLDER, "pictures", "--init", "run", "--sigma_d", "1"], "--sigma_d 0.5"),
     (scm, [*FOLDER, "flat"], "--conditional false"), (scm, ["--out", "pictures"], "holds other files"),

@@ -274,11 +274,13 @@ def test_only_pd_has_a_target_of_its_own(train):
     assert all(torch.equal(live["net"][k], live["target"][k]) for k in live["net"])
 
 
-def test_figure():
+def test_figure(capsys):
     """One flag draws the paths of 1, 2 and 4 steps and of the ODE in 1-D, coloured by where they end: half of
-    the ODE's end in the mode above, half in the one below."""
+    the ODE's end in the mode above, half in the one below. It does not draw over another."""
     mcm.main(["--figure", *map(str, TOY), "--steps", "2"])
-    picture = np.asarray(Image.open("out/multistep_cm-gmm1d-cd/paths.png"), dtype=int)
+    path = "out/multistep_cm-gmm1d-cd/paths.png"
+    assert path in one_line(capsys, mcm.main, "--figure", *TOY)
+    picture = np.asarray(Image.open(path), dtype=int)
     ode = picture[-360:, -(480 + 4):-4]
     blue = ode[:, :, 2] - ode[:, :, 0] > 100
     orange = ode[:, :, 0] - ode[:, :, 2] > 100

@@ -292,8 +292,9 @@ def test_a_bad_flag_overwrites_nothing(train, monkeypatch):
     before = files("run")
     with pytest.raises(SystemExit):
         train(*TOY, "--channels", 7, "--out", "run", "--overwrite")
-    with pytest.raises(SystemExit):
-        train(*TOY, "--mode", "scd", "--teacher", "run", "--out", "run", "--overwrite")
+    for teacher in ("run", "run/ckpt.pt"):
+        with pytest.raises(SystemExit):
+            train(*TOY, "--mode", "scd", "--teacher", teacher, "--out", "run", "--overwrite")
 
     def broken(*inputs):
         raise RuntimeError("broken")
