@@ -2,7 +2,7 @@
 import common
 import kit
 import scm
-from conftest import draw_pictures, fails, finish, torchrun
+from conftest import draw_pictures, fails, two_processes
 
 import dataclasses
 import io
@@ -216,8 +216,8 @@ def test_pixels_are_kept_by_all_processes(tmp_path, monkeypatch):
     """The cache of a folder: two processes write what one does. A killed writer goes on where it stopped, and
     a damaged cache is made anew."""
     root = draw_pictures(tmp_path / "many", 1400)  # two files, one of each process
-    finish(torchrun("scm", "--dataset", "folder", "--data", root, "--mode", "sct", "--steps", 1, "--batch", 8,
-                    "--channels", 8, "--channel_mult", "1,1", "--blocks", 1))
+    two_processes("scm", "--dataset", "folder", "--data", root, "--mode", "sct", "--steps", 1, "--batch", 8,
+                  "--channels", 8, "--channel_mult", "1,1", "--blocks", 1)
     cfg, (two,) = scm.Config(dataset="folder", data=str(root)), Path("data/cache").iterdir()
     seen = dies(monkeypatch, 10**9)
     rows, *_ = kit.data.image_folder(cfg)

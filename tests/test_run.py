@@ -17,7 +17,7 @@ from conftest import (
     run_here,
     same,
     same_optimizer,
-    torchrun,
+    two_processes,
 )
 
 import dataclasses
@@ -248,7 +248,7 @@ def test_two_processes_and_micro_batches_are_one_run(mode, train, capsys):
     words = [*TOY, "--mode", *mode.split(), "--lr_cooldown", "0"]
     one = train(*words, "--steps", 5, "--out", "one")
     accumulated = train(*words, "--steps", 5, "--micro", 32, "--out", "micro")
-    printed = finish(torchrun("scm", *words, "--steps", 5, "--out", "two", "--micro", 32))
+    printed = two_processes("scm", *words, "--steps", 5, "--out", "two", "--micro", 32)
     two = kit.read_checkpoint("two")
     assert same(one["net"], accumulated["net"], exact=False) and same(one["net"], two["net"], exact=False)
     losses = [[line["loss"] for line in log(out)] for out in ("one", "micro", "two")]
@@ -428,12 +428,12 @@ def test_two_processes_come_to_the_end(name, folder, train):
     shutil.rmtree("data")
     source = "--init" if name in ("sct", "multistep_cm") else "--teacher"
     words = ["--dataset", "folder", "--data", folder, "--steps", 2, "--batch", 4, *ENDS[name]]
-    printed = finish(torchrun(name, *words, source, "teacher", "--out", "two"))
+    printed = two_processes(name, *words, source, "teacher", "--out", "two")
     runs = [Path("two/cm"), Path("two/direct")] if name == "direct_cm" else [Path("two")]
     assert printed.count("2 steps, ") == len(runs)
     assert all((out / "samples-000002.png").exists() for out in runs)
     shutil.rmtree("data")
-    finish(torchrun(name, "--sample", 2, "--out", runs[0], "--save", "some.png"))
+    two_processes(name, "--sample", 2, "--out", runs[0], "--save", "some.png")
     assert Path("some.png").exists()
 
 

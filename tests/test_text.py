@@ -5,7 +5,7 @@ import eval as evaluation
 import kit
 import multistep_cm
 import scm
-from conftest import finish, torchrun
+from conftest import two_processes
 
 import copy
 import json
@@ -256,7 +256,7 @@ def test_resume_and_two_processes(words, train):
     parts = train("--resume", "--steps", 3, "--out", "parts", script=direct_cm)
     assert whole["net"].keys() == parts["net"].keys()
     assert all(torch.equal(whole["net"][k], parts["net"][k]) for k in whole["net"])
-    finish(torchrun("direct_cm", *words, "--steps", 3, "--out", "two"))
+    two_processes("direct_cm", *words, "--steps", 3, "--out", "two")
     two = kit.read_checkpoint("two")
     assert all(torch.allclose(whole["net"][k], two["net"][k], atol=2e-5) for k in whole["net"])
     assert Path("two/pytorch_lora_weights.safetensors").exists()
