@@ -40,16 +40,14 @@ FORKS = multiprocessing.get_context("forkserver")  # from a process that has loa
 FORKS.set_forkserver_preload(["torch.distributed", "diffusers"])
 
 
-def two_processes(script, *words):
-    """Runs a script in two processes with torchrun's variables, and the quick report, to a good end; returns
-    what rank 0 printed. Started by torchrun, they would take five times as long to load torch."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    variables = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+def forked(script, words, printed, **variables):
+    """Starts a script in a process of its own, with these environment variables and the quick report. What it
+    prints goes to a file. With `python SCRIPT.py` most of the time would go into loading torch."""
     code = f"""
 import atexit, os, sys
-rank, sys.path[:0] = os.environ["RANK"], {[str(ROOT), str(ROOT / 'tests')]}
-sys.stdout = sys.stderr = open(f"rank-{{rank}}.txt", "w")
+os.environ |= {variables}
+sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}
+sys.stdout = sys.stderr = open({printed!r}, "w")
 import conftest, {script}
 conftest.quick_report(setattr)
 try:
@@ -58,15 +56,22 @@ finally:
     atexit._run_exitfuncs()  # which a fork leaves out
     sys.stdout.flush()
 """
-    ranks = [FORKS.Process(target=exec, args=(
-        f"import os; os.environ |= {variables | dict(RANK=rank, LOCAL_RANK=rank)}\n{code}", {}))
-        for rank in ("0", "1")]
-    for rank in ranks:
-        rank.start()
+    process = FORKS.Process(target=exec, args=(code, {}))
+    process.start()
+    return process
+
+
+def two_processes(script, *words):
+    """Runs a script in two processes, with torchrun's variables, to a good end; returns what rank 0
+    printed."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    ranks = [forked(script, words, f"rank-{i}.txt", **shared, RANK=i, LOCAL_RANK=i) for i in "01"]
     for rank in ranks:
         rank.join(200)
         rank.kill()
-    printed = [Path(f"rank-{i}.txt").read_text() for i in (0, 1)]
+    printed = [Path(f"rank-{i}.txt").read_text() for i in "01"]
     assert [rank.exitcode for rank in ranks] == [0, 0], printed
     return printed[0]
 

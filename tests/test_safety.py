@@ -8,7 +8,7 @@ import kit
 import multistep_cm
 import scm
 import sct
-from conftest import draw_pictures, files, log, one_line, same
+from conftest import draw_pictures, files, forked, log, one_line, same
 
 import errno
 import fcntl
@@ -276,15 +276,16 @@ def test_what_is_skipped_is_said(folder, capsys):
 # ---- leftovers of a launcher
 def test_a_rank_without_a_world_is_none():
     """RANK=1 alone trains and saves; WORLD_SIZE alone is told how to start."""
-    words = [sys.executable, scm.__file__, *map(str, TOY), "--steps", "1", "--out", "run"]
-    done = subprocess.run(words, env=os.environ | dict(RANK="1"), capture_output=True, text=True)
-    assert not done.returncode and kit.read_checkpoint("run")["step"] == 1
+    def run(*more, **variables):
+        process = forked("scm", [*TOY, "--steps", 1, "--out", "run", *more], "printed", **variables)
+        process.join(100)
+        return process.exitcode
+    assert run(RANK="1") == 0 and kit.read_checkpoint("run")["step"] == 1
     address = dict(WORLD_SIZE="2", RANK="5", MASTER_ADDR="127.0.0.1", MASTER_PORT="29777")
     for left in (dict(WORLD_SIZE="2"), address, address | dict(RANK="0", MASTER_PORT="x")):
-        done = subprocess.run([*words, "--overwrite"], env=os.environ | left, capture_output=True, text=True)
-        assert done.returncode == 2 and "torchrun" in done.stderr.strip().splitlines()[-1]
-    done = subprocess.run([*words, "--help"], env=os.environ | dict(WORLD_SIZE="x"), capture_output=True)
-    assert not done.returncode
+        assert run("--overwrite", **left) == 2
+        assert "torchrun" in Path("printed").read_text().strip().splitlines()[-1]
+    assert run("--help", WORLD_SIZE="x") == 0
 
 
 def test_closed_outputs():
