@@ -93,9 +93,9 @@ class Config(kit.Config):
 PRESETS = {
     # The embedding of t is faster than elsewhere, as f jumps from segment to segment.
     # DEPARTS: paper 64 to 1,280 teacher steps; here to 320, as a run is short, and finer steps add noise.
-    # cd stays at 64: f jumps at a segment's edge, and the nearest t above is 1 / T away.
+    # cd stays at 32: f jumps at a segment's edge, and the nearest t above is 1 / T away.
     "gmm": dict(steps=4000, emb_scale=16.0, lr=3e-3, lr_cooldown=0.8, teacher_steps=(64, 320)),
-    "gmm --mode cd": dict(teacher_steps=(64, 64)),
+    "gmm --mode cd": dict(teacher_steps=(32, 32)),
     # The last stage needs a learning rate, too.
     "gmm --mode pd": dict(pd_start=32, lr_cooldown=0.3, steps=7000),
     "gmm1d": dict(teacher="exact", steps=2000, lr_cooldown=0.3, channels=64, blocks=6, c_noise="log",

@@ -5,7 +5,7 @@
     python tests/bench.py attention      attention and its tangent over PyTorch's attention without a tangent
     python tests/bench.py reference      a step of SCT over the dataset over one of ECT; ImageNet-64's size
     python tests/bench.py direct         Direct CM's target: samples fed only under way, over all fed always
-    python tests/bench.py busy           a step of `python scm.py` alone, beside two busy programs and four
+    python tests/bench.py busy           a step of the toy, and of shapes, alone and beside busy programs
     python tests/bench.py gpu [--minutes 9] [--data CIFAR10] [--features FILE] [--out out/gpu]
 
 gpu makes a list of checks and measurements, a line each, and writes gpu.json and gpu.md; without a GPU it is
@@ -293,25 +293,29 @@ def direct():
 
 
 def busy():
-    """Milliseconds of a step of `python scm.py`, the toy, over 100 steps, beside programs that do nothing but
-    count. With fewer cores than programs, it cannot be faster than its fair share of them."""
-    lines = []
-    for others in (0, 2, 4):
-        crowd = [subprocess.Popen([sys.executable, "-c", "while 1: pass"]) for _ in range(others)]
-        with tempfile.TemporaryDirectory() as out:
-            command, log = [sys.executable, ROOT / "scm.py", "--log_every", "20", "--out", out], {}
-            crowd.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-            try:
-                while 120 not in log:
-                    time.sleep(0.1)
-                    text = Path(out, "log.jsonl").read_text() if Path(out, "log.jsonl").exists() else ""
-                    log = {row["step"]: row["seconds"] for row in map(json.loads, text.splitlines())}
-            finally:
-                for program in crowd:
-                    program.kill()
-                    program.wait()
-        lines.append(f"{10 * (log[120] - log[20]):.0f} ms beside {others}")
-    print(f"a step of scm.py on {os.cpu_count()} cores: {', '.join(lines)} busy programs")
+    """Milliseconds of a step of `python scm.py`, the toy, over 100 steps, and of the README's diffusion of
+    shapes, over 10, beside programs that do nothing but count. With fewer cores than programs, it cannot be
+    faster than its fair share of them."""
+    shapes = "--dataset shapes --mode diffusion --image_size 32 --channels 16 --channel_mult 1,2,4".split()
+    for name, words, every in (("scm.py", [], 20), ("shapes", shapes, 2)):
+        lines = []
+        for others in (0, 1, 2, 4):
+            crowd = [subprocess.Popen([sys.executable, "-c", "while 1: pass"]) for _ in range(others)]
+            with tempfile.TemporaryDirectory() as out:
+                command = [sys.executable, ROOT / "scm.py", *words, "--log_every", str(every), "--out", out]
+                crowd.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+                log = {}
+                try:
+                    while 6 * every not in log:
+                        time.sleep(0.1)
+                        text = Path(out, "log.jsonl").read_text() if Path(out, "log.jsonl").exists() else ""
+                        log = {row["step"]: row["seconds"] for row in map(json.loads, text.splitlines())}
+                finally:
+                    for program in crowd:
+                        program.kill()
+                        program.wait()
+            lines.append(f"{200 / every * (log[6 * every] - log[every]):.0f} ms beside {others}")
+        print(f"a step of {name} on {os.cpu_count()} cores: {', '.join(lines)} busy programs")
 
 
 # ------------------------------------------------------------------------------------- the list for a GPU
