@@ -176,8 +176,9 @@ def test_every_mode_trains_on_images(words, train, base):
     (script, mode, *flags), (pictures, teacher) = words.split(), base
     flags = [str(teacher) if word == "run" else word for word in flags]
     start = kit.read_checkpoint(teacher)["ema"]
+    source = "--init" if mode in ("ct", "ict") and script == "cm" else "--teacher"
     ckpt = train("--dataset", "folder", "--data", pictures, "--batch", 8, "--steps", 4, "--log_every", 1,
-                 "--teacher", teacher, "--dropout", 0.1, "--mode", mode, *flags, "--out", "run",
+                 source, teacher, "--dropout", 0.1, "--mode", mode, *flags, "--out", "run",
                  script=SCRIPTS[script])
     lines = log("run")
     assert len(lines) == 4 and all(np.isfinite(line["loss"]) for line in lines)
@@ -359,7 +360,9 @@ def held(options, n, checkpointing):
     return max(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
+    reason="without AVX512, convolutions in bfloat16 on a CPU hold more than on a GPU"))])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_forecast_is_what_a_step_holds(dtype, checkpointing):
     """Within 5 % for each sample. What is for all of them together is that of the weights in other forms."""

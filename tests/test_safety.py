@@ -177,11 +177,17 @@ def test_the_last_checkpoint_is_from_before_the_loss_diverged(train, monkeypatch
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_run_that_learned_nothing_is_no_success(train, monkeypatch, capsys, steps):
     """Fewer than 50 losses that are not finite, up to the end, or weights that are not, end in one line."""
-    for words in (["--lr", "1e308"], []):
-        with pytest.raises(SystemExit):
-            train(*TOY, *words, "--steps", steps, "--out", "run")
+    def overflows(net):
+        next(net.parameters()).data.fill_(math.inf)
+
+    def not_a_number(net, *_):
+        return next(net.parameters()).sum() * math.nan, {}
+    causes = (vars(kit), "normalize_weights", overflows), (scm.LOSSES, "sct", not_a_number)
+    for place, name, broken in causes:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setitem(place, name, broken)
+            train(*TOY, "--steps", steps, "--out", "run")
         assert "not finite" in capsys.readouterr().err and not Path("run/ckpt.pt").exists()
-        monkeypatch.setitem(scm.LOSSES, "sct", lambda net, *_: (next(net.parameters()).sum() * math.nan, {}))
 
 
 def test_every_nth_checkpoint_is_kept(train):
