@@ -24,8 +24,8 @@ the squared distance. Its other forms are absent: ||df/dt||^2, differentiated as
     torchrun --nproc_per_node=8 cm.py --dataset cifar10 --mode ict
 """
 # ------------------------------------------------------------------------------------------------- imports
-import kit  # first: it sets how threads wait, which torch reads as it is loaded
 import common
+import kit
 from common import like
 
 import copy

@@ -31,8 +31,8 @@ from the same noise, is
     python eval.py out/sdxl --prompts CAPTIONS.txt --reference teacher --features inception --nfe 1 2 4
 """
 # ------------------------------------------------------------------------------------------------- imports
-import kit  # first: it sets how threads wait, which torch reads as it is loaded
 import common
+import kit
 from common import like
 
 import copy

@@ -27,8 +27,8 @@ images  frechet_distance    n samples, all reference images, covariances over n 
 text    clip_score          mean cosine of CLIP ViT-L/14's image and prompt, resized to 224 by its processor
         aesthetic_score     mean of LAION's linear predictor on CLIP's normalized image features
 """
-import kit  # first: it sets how threads wait, which torch reads as it is loaded
 import common
+import kit
 from kit.config import foreign_values, make_config
 from kit.data import keep_apart
 from kit.features import feature_network, text_scores

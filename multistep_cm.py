@@ -27,8 +27,8 @@ end of t's segment, so f is no map to t = 0 but one DDIM step; 3) aDDIM; 4) samp
     python multistep_cm.py --sample 4 --prompt "a red fox in the snow" --nfe 16 --out out/mcm-sdxl
 """
 # ------------------------------------------------------------------------------------------------- imports
-import kit  # first: it sets how threads wait, which torch reads as it is loaded
 import common
+import kit
 from common import like
 
 import copy

@@ -27,8 +27,8 @@ Differs from cm.py by: 1) TrigFlow instead of EDM's process; 2) a tangent instea
     torchrun --nproc_per_node=8 scm.py --dataset imagenet512
 """
 # ------------------------------------------------------------------------------------------------- imports
-import kit  # first: it sets how threads wait, which torch reads as it is loaded
 import common
+import kit
 from common import like
 
 import copy

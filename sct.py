@@ -24,8 +24,8 @@ target; 3) segments, sampled without noise; 4) guidance by the average at half o
     torchrun --nproc_per_node=8 sct.py --dataset cifar10 --init RUN --reference dataset
 """
 # ------------------------------------------------------------------------------------------------- imports
-import kit  # first: it sets how threads wait, which torch reads as it is loaded
 import common
+import kit
 from common import like
 
 import copy

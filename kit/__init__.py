@@ -22,11 +22,6 @@ Each file has one subject and imports only files below it:
 
 These names are for scripts, and for your own code:
 """
-import os
-
-# Threads that wait for each other leave their cores to other programs. Read when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 from kit.config import (
     EDM2_NET,
     EDM2_TEACHERS,

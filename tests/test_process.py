@@ -3,7 +3,6 @@ import kit
 from conftest import ROOT, one_line
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -81,14 +80,3 @@ def test_end_of_a_program(code, exit_code, said):
     end = subprocess.run([sys.executable, "-c", f"import kit.process; {code}"], cwd=ROOT, env=environment,
                          capture_output=True, text=True)
     assert end.returncode == exit_code and said in end.stderr
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the wheels of other systems have other thread libraries")
-def test_waiting_threads_leave_their_cores():
-    """A script sets OpenMP's waiting before torch loads the library, which prints what it has read; a value
-    from outside wins."""
-    for given, found in (({}, "PASSIVE"), (dict(OMP_WAIT_POLICY="ACTIVE"), "ACTIVE")):
-        told = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
-        done = subprocess.run([sys.executable, "-c", "import scm"], cwd=ROOT, text=True, capture_output=True,
-                              env=told | dict(OMP_DISPLAY_ENV="true"))
-        assert re.search(f"OMP_WAIT_POLICY ?= ?'{found}'", done.stderr)
