@@ -304,7 +304,7 @@ def main(argv=None):
     if cfg.sample:
         return kit.write_samples(cfg, sample)
     if cfg.dry_run and cfg.mode == "both":  # <- method
-        cfg = replace(cfg, out=f"{cfg.out}/cm")  # <- method: one of the two, of equal cost
+        cfg = replace(cfg, out=f"{cfg.out}/cm")  # <- method: the two are of one size
     if cfg.dry_run:
         return kit.dry_run(cfg)
     if cfg.export:

@@ -53,7 +53,7 @@ class Config(kit.Config):
     delta: float = 1e-4  # in the weight 1 / (t - s + delta); ECT has 0
     weighting: Literal["gap", "snr"] = "gap"  # 1 / (t - s + delta), or 1 / t^2 + 1 / sigma_d^2
     uncertainty: bool = kit.flag(False, unused="ect sct")  # diffusion: learn the loss's weight, as EDM2
-    reference: Literal["batch", "dataset"] = kit.flag("batch", unused="diffusion ect")  # sct averages over it
+    reference: Literal["batch", "dataset"] = kit.flag("batch", unused="diffusion ect")  # what sct averages
     class_size: int = 0  # images of a class that sct averages over, new ones each step; 0 is all
     phases: int = kit.fixed(1, least=1, most=1000, unused="diffusion")  # K, segments of the ODE; 1 is off
     eta: float = 1.0  # with phases: sampling stops at eta times the edges (Eq. 20); 1 is off

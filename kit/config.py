@@ -248,8 +248,8 @@ def parse_args(Config, presets, modes, argv=None):
     for name, value in flags.items():
         if cfg.mode in fields[name].metadata.get("unused", "").split() and value != fields[name].default:
             fail(f"--{name} has no effect in --mode {cfg.mode}")
-    unused = cfg.init == "none" and "init" not in flags and not (cfg.distills() or stored)
-    if unused and flags.get("teacher", "exact") != "exact":
+    anew = cfg.init == "none" and "init" not in flags and not (cfg.distills() or stored)
+    if anew and flags.get("teacher", "exact") != "exact":
         fail(f"--mode {cfg.mode} has no --teacher here, but can start from a run: --init RUN")
     check_values(cfg, fields)
     cfg.check()
